@@ -1,0 +1,1 @@
+"""What ``dist-train bench`` measures on this machine."""

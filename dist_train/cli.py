@@ -1,0 +1,147 @@
+"""The command line: `dist-train VERB CONFIG [--section.key value]`; parsing and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from dist_train.errors import UserError
+
+STOPPED = 75
+"""Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
+DESCRIPTION = """\
+Distributed training of multi-exit image classifiers by distillation.
+
+  dist-train plan CONFIG     what a run would do: costs, steps, memory, learning rate, data; trains nothing
+  dist-train train CONFIG    train; the same command again goes on where it ended
+  dist-train eval RUN        accuracy of every exit of a run or checkpoint, each image once
+  dist-train bench WHAT      measure this machine: loss, step
+  dist-train doctor          what is installed and what this machine can do
+
+Any field of CONFIG can be overridden: --section.key value.  `dist-train train --help` lists them.
+Several processes: python -m launch.local -n 2 CONFIG
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one verb; errors that a user can mend are one line and exit code 2."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one verb and return the exit code."""
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "plan": _plan, "train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor,
+    }  # fmt: skip
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(DESCRIPTION, end="")
+        return 0
+    # The deepspeed launcher adds its own argument in front of the script's.
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    verb, *rest = arguments
+    try:
+        if verb not in verbs:
+            raise UserError(f"unknown verb '{verb}'; use one of {', '.join(verbs)}")
+        return verbs[verb](rest)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dist-train {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = _parser("plan", "Say what a run would do, without training.", fields=True)
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes (GPUs) to plan for")
+    known, overrides = parser.parse_known_args(arguments)
+    from dist_train.config import load_config
+    from dist_train.errors import ConfigError
+    from dist_train.planner import plan
+
+    if known.processes < 1:
+        raise ConfigError(f"--processes is {known.processes}; it must be at least 1")
+    result = plan(load_config(known.config, *overrides), world_size=known.processes)
+    print(result)
+    return 2 if result.problems else 0
+
+
+def _train(arguments: list[str]) -> int:
+    parser = _parser("train", "Train, or go on with the run of the same name.", fields=True)
+    known, overrides = parser.parse_known_args(arguments)
+    from dist_train.config import load_config
+
+    config = load_config(known.config, *overrides)
+    from dist_train.trainer import train
+
+    result = train(config)
+    return 0 if result.finished else STOPPED
+
+
+def _eval(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("dist-train eval", description="Evaluate every exit on every image of a split, once.")
+    parser.add_argument("run", help="run folder (its best checkpoint), or one of its checkpoints")
+    parser.add_argument("--split", help="split of the shards (default: the run's data.val)")
+    parser.add_argument("--shards", help="folder of the shards (default: the run's)")
+    known = parser.parse_args(arguments)
+    from dist_train.evaluation import evaluate, table
+    from dist_train.planner import costs_of
+
+    evaluation = evaluate(known.run, known.split, known.shards)
+    if os.environ.get("RANK", "0") == "0":
+        print(table(evaluation, costs_of(known.run)))
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("dist-train bench", description="Measure this machine.", add_help=False)
+    parser.add_argument("what", choices=["loss", "step"])
+    known, rest = parser.parse_known_args(arguments)
+    if known.what == "loss":
+        from dist_train.bench.loss import run
+    else:
+        from dist_train.bench.step import run
+    return run(rest)
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("dist-train doctor", description="Say what is installed and what this machine can do.")
+    parser.parse_args(arguments)
+    from dist_train.doctor import examine
+
+    lines, healthy = examine()
+    print("\n".join(lines))
+    return 0 if healthy else 1
+
+
+def _parser(verb: str, description: str, fields: bool) -> argparse.ArgumentParser:
+    epilog = None
+    if fields and {"-h", "--help"} & set(sys.argv):
+        epilog = "fields of CONFIG, each an override --section.key value:\n" + _field_help()
+    parser = argparse.ArgumentParser(
+        f"dist-train {verb}",
+        usage=f"dist-train {verb} CONFIG [--section.key value ...]",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    return parser
+
+
+def _field_help() -> str:
+    from dist_train.config import describe_fields
+
+    lines = []
+    for key, default, text in describe_fields():
+        lines.append(f"  --{key}  ({default})")
+        lines += textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)

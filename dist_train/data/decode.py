@@ -1,0 +1,124 @@
+"""From encoded images to normalised tensors with DALI: the only file that imports it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+
+from dist_train.config import DataConfig
+
+Columns = Mapping[str, Any]
+"""``raw``, a list of uint8 arrays (one encoded image each), and the arrays of :func:`dist_train.data.augment.parameters`."""
+
+
+class Decoder:
+    """A DALI pipeline that decodes, crops, mirrors and normalises micro batches, some ahead of their use.
+
+    Args:
+        data: input size, mean and standard deviation.
+        steps: the columns that every micro batch has besides ``raw``; they decide what is done, see ``parameters``.
+        batch: largest micro batch.
+        device: where the tensors are wanted; on a GPU the images are decoded there.
+        threads: decoding threads.
+        depth: micro batches made ahead.
+    """
+
+    def __init__(
+        self, data: DataConfig, steps: Iterable[str], batch: int, device: torch.device, threads: int, depth: int
+    ) -> None:
+        self._data = data
+        self._names = ("raw", *steps)
+        self._options = {"batch_size": batch, "num_threads": threads, "prefetch_queue_depth": depth}
+        self._device = device
+        self._source: Iterator[Columns] = iter(())
+        self._pipeline: Any = None
+
+    def run(self, batches: Iterable[Columns]) -> Generator[torch.Tensor | RuntimeError, None, None]:
+        """Yield float32 [N, 3, S, S] in channels_last for every micro batch, in order, up to ``depth`` ahead.
+
+        A micro batch in which an image cannot be decoded yields the error instead, and the others are not touched by it.
+        """
+        self._source = iter(batches)
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        pipeline, self._pipeline = self._pipeline, None
+        pipeline.reset()
+        pipeline.schedule_run()
+        while True:
+            result: torch.Tensor | RuntimeError
+            try:
+                result = self._tensor(pipeline)
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                result = error
+            pipeline.release_outputs()
+            pipeline.schedule_run()
+            yield result
+        # Only a pipeline that was run to its end is used again: one that is left midway still holds micro batches.
+        self._pipeline = pipeline
+
+    def _tensor(self, pipeline: Any) -> torch.Tensor:
+        if self._device.type == "cuda":
+            (images,) = pipeline.share_outputs(cuda_stream=torch.cuda.current_stream(self._device))
+        else:
+            (images,) = pipeline.share_outputs()
+        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
+        return tensor.permute(0, 3, 1, 2)
+
+    def _feed(self) -> tuple[Any, ...]:
+        columns = next(self._source)
+        return tuple(columns[name] for name in self._names)
+
+    def _build(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from nvidia.dali import Pipeline, fn, types
+
+            on_gpu = self._device.type == "cuda"
+            pipeline = Pipeline(device_id=self._device.index or 0 if on_gpu else None, **self._options)
+            kinds = {"raw": (types.UINT8, 1), "mirror": (types.INT32, 0), "size": (types.FLOAT, 1)}
+            chosen = [kinds.get(name, (types.INT32, 1)) for name in self._names]
+            with pipeline:
+                inputs = fn.external_source(
+                    source=self._feed,
+                    num_outputs=len(chosen),
+                    dtype=[c[0] for c in chosen],
+                    ndim=[c[1] for c in chosen],
+                )
+                pipeline.set_outputs(self._graph(fn, types, dict(zip(self._names, inputs)), on_gpu))
+            pipeline.build()
+        return pipeline
+
+    def _graph(self, fn: Any, types: Any, inputs: dict[str, Any], on_gpu: bool) -> Any:
+        size = self._data.image_size
+        # Orientation tags are not applied, as PIL and torchvision do not: the sizes in the index are those as stored.
+        options = {"output_type": types.RGB, "adjust_orientation": False, "device": "mixed" if on_gpu else "cpu"}
+        if on_gpu:
+            options["jpeg_fancy_upsampling"] = True
+        window = {"axis_names": "HW"}
+        if "shape" not in inputs:
+            images = fn.decoders.image(inputs["raw"], **options)
+        elif on_gpu:
+            # Decoding only the window fails or crashes on some GPUs (nvImageCodec issue 55), so it is cut afterwards.
+            images = fn.slice(fn.decoders.image(inputs["raw"], **options), inputs["anchor"], inputs["shape"], **window)
+        else:
+            images = fn.decoders.image_slice(inputs["raw"], inputs["anchor"], inputs["shape"], **window, **options)
+        if "shape" in inputs:
+            images = fn.resize(images, size=(size, size))
+        elif "size" in inputs:
+            images = fn.resize(images, size=inputs["size"])
+        images = fn.crop_mirror_normalize(
+            images, dtype=types.FLOAT, output_layout="HWC", mirror=inputs.get("mirror", 0),
+            mean=[255 * value for value in self._data.mean], std=[255 * value for value in self._data.std],
+        )  # fmt: skip
+        if "anchor" in inputs and "shape" not in inputs:
+            # After the normalisation, so that what lies outside of the image is the mean colour exactly.
+            images = fn.slice(
+                images, inputs["anchor"], (size, size), out_of_bounds_policy="pad", fill_values=0, **window
+            )
+        return images

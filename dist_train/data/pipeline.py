@@ -1,0 +1,298 @@
+"""Batches on the device: the samples of the order read ahead, decoded ahead, and the unreadable ones dealt with."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_train.config import DataConfig
+from dist_train.data import order
+from dist_train.data.augment import parameters
+from dist_train.data.decode import Columns, Decoder
+from dist_train.data.reader import ShardReader
+from dist_train.errors import DataError
+from shards.index import UNLABELED, Index
+
+log = logging.getLogger("dist_train")
+
+NO_ID = -1
+_NAMED_IN_ERROR = 5
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Images for one forward pass, on the device.
+
+    ``images`` float32 [N, 3, S, S], channels_last, normalised; ``labels`` int64 [N], -100 without a label; ``ids`` int64 [N],
+    the samples' places in the index, -1 for an image that could not be read in evaluation (its label is -100).
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This rank's micro batches of one global batch, made as they are iterated, once.
+
+    ``number`` counts the global batches of the epoch from 0; ``labeled`` is the number of samples with a label in the whole
+    global batch, over all ranks.
+    """
+
+    number: int
+    labeled: int
+    micro_batches: Iterator[MicroBatch]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.micro_batches
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample whose image could not be read: its shard's file name, its key, and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A micro batch before decoding: its places in the epoch's order, its ids, and what the decoder takes."""
+
+    positions: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    columns: Columns
+
+
+class Loader:
+    """One split for one rank: in training the epochs of :mod:`dist_train.data.order`, in evaluation every sample once.
+
+    ``bad`` holds the samples that this rank could not read, by id.  In training each is replaced by the next readable sample
+    of the epoch's order, which depends on the order and the files alone, so that resumed runs do the same; in evaluation
+    it is masked (label -100, id -1).
+
+    Args:
+        index: the split.
+        folder: where its shards are.
+        data: how images are varied and normalised; ``max_bad`` unreadable ones are put up with.
+        train: training (augmented, shuffled) or evaluation.
+        seed: of the order and the augmentation.
+        global_batch, micro_batch: samples per update over all ranks, and per forward pass of one rank.
+        rank, world_size: this process, and how many there are.
+        device: where the batches are wanted.
+        threads: decoding threads; one more reads.
+    """
+
+    def __init__(
+        self, index: Index, folder: Path, data: DataConfig, *, train: bool, seed: int, global_batch: int, micro_batch: int,
+        rank: int, world_size: int, device: torch.device, threads: int,
+    ) -> None:  # fmt: skip
+        self.bad: dict[int, BadSample] = {}
+        self.steps_per_epoch = order.steps_per_epoch(len(index), global_batch, data.last_batch)
+        self._index = index
+        self._folder = folder
+        self._data = data
+        self._train = train
+        self._seed = seed
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._rank, self._world_size = rank, world_size
+        self._device = device
+        self._sizes = np.stack([index.height, index.width], axis=1).astype(np.int64)
+        self._labeled = index.label != UNLABELED
+        self._epoch = 0
+        self._order = np.arange(len(index))
+        self._reader = ShardReader(index, folder)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._running: Generator[Any, None, None] | None = None
+        self._resized = True
+        first = self._parameters(self._order[:1])
+        # Where all images have the size that they would be resized to, leaving that step out makes small ones a third faster.
+        self._resized = "size" in first and not np.array_equal(
+            self._sizes, np.broadcast_to(first["size"], self._sizes.shape)
+        )
+        steps = tuple(self._parameters(self._order[:1]))
+        self._decoder = Decoder(data, steps, micro_batch, device, threads, depth=data.prefetch)
+        self._spare = Decoder(data, steps, 1, device, threads=1, depth=1)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:
+        """The global batches of a training epoch from ``start_batch`` on.
+
+        An epoch may be left midway; starting another pass ends the one before.
+
+        Raises:
+            DataError: while iterating, when more than ``max_bad`` images could not be read.
+        """
+        assert self._train, "an evaluation has no epochs"
+        self._end_pass()
+        self._epoch = epoch
+        self._order = order.epoch_order(self._index.shard_sizes, self._seed, epoch, self._data.window)
+        self._running = batches = self._global_batches(start_batch)
+        return batches
+
+    def evaluation(self) -> Iterator[MicroBatch]:
+        """This rank's share of the split; over all ranks every sample comes once, and a share may be empty.
+
+        Raises:
+            DataError: while iterating, when more than ``max_bad`` images could not be read.
+        """
+        assert not self._train, "training goes by epochs"
+        self._end_pass()
+        share = order.rank_slice(self._order, self._rank, self._world_size)
+        self._running = batches = self._micro_batches(iter(order.micro_batches(share, self._micro_batch)))
+        return batches
+
+    def close(self) -> None:
+        """End what runs, stop the reading thread and close the shards."""
+        self._end_pass()
+        self._thread.shutdown(cancel_futures=True)
+        self._reader.close()
+
+    def _end_pass(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _global_batches(self, start: int) -> Generator[GlobalBatch, None, None]:
+        numbers = range(start, self.steps_per_epoch)
+        micro_batches = self._micro_batches(part for number in numbers for part in self._parts(number))
+        try:
+            for number in numbers:
+                mine = itertools.islice(micro_batches, len(self._parts(number)))
+                ids = self._order[order.batch_positions(len(self._order), number, self._global_batch)]
+                yield GlobalBatch(number, int(self._labeled[ids].sum()), mine)
+                deque(mine, maxlen=0)  # what was not taken of this global batch must not come in the next one
+        finally:
+            micro_batches.close()
+
+    def _parts(self, number: int) -> list[NDArray[np.int64]]:
+        """Places in the order of this rank's micro batches of a global batch."""
+        positions = order.batch_positions(len(self._order), number, self._global_batch)
+        return order.micro_batches(order.rank_slice(positions, self._rank, self._world_size), self._micro_batch)
+
+    def _micro_batches(self, parts: Iterator[NDArray[np.int64]]) -> Generator[MicroBatch, None, None]:
+        """Read, decode and deliver; ``parts`` are places in the order, one array per micro batch."""
+        decoding: deque[_Fetched] = deque()
+        reading: deque[Future[_Fetched]] = deque()
+
+        def read_ahead() -> None:
+            for part in itertools.islice(parts, self._data.prefetch + 1 - len(reading)):
+                reading.append(self._thread.submit(self._fetch, part))
+
+        def source() -> Iterator[Columns]:
+            read_ahead()
+            while reading:
+                decoding.append(reading.popleft().result())
+                read_ahead()
+                yield decoding[-1].columns
+
+        results = self._decoder.run(source())
+        try:
+            for result in results:
+                fetched = decoding.popleft()
+                if isinstance(result, torch.Tensor):
+                    yield self._batch(result, fetched.ids, self._index.label[fetched.ids])
+                else:
+                    yield self._decode_singly(fetched)
+        finally:
+            results.close()
+            for future in reading:
+                future.cancel()
+
+    def _fetch(self, positions: NDArray[np.int64]) -> _Fetched:
+        ids = self._order[positions]
+        return _Fetched(positions, ids, self._columns(ids))
+
+    def _columns(self, ids: NDArray[np.int64]) -> Columns:
+        return {"raw": [self._bytes(sample) for sample in ids.tolist()], **self._parameters(ids)}
+
+    def _bytes(self, sample: int) -> NDArray[np.uint8]:
+        try:
+            return self._reader.read(sample)
+        except OSError:
+            # The decoder refuses what is empty, which leads to the same treatment as an image that is damaged.
+            return np.empty(0, dtype=np.uint8)
+
+    def _parameters(self, ids: NDArray[np.int64]) -> dict[str, NDArray[np.int32] | NDArray[np.float32]]:
+        columns = parameters(self._data, self._train, self._seed, self._epoch, ids, self._sizes[ids])
+        return columns if self._resized else {name: column for name, column in columns.items() if name != "size"}
+
+    def _batch(self, images: torch.Tensor, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> MicroBatch:
+        to_device = [torch.from_numpy(array).to(self._device, non_blocking=True) for array in (labels, ids)]
+        return MicroBatch(images, *to_device)
+
+    def _decode_singly(self, fetched: _Fetched) -> MicroBatch:
+        """A micro batch that the decoder refused, image by image, with the bad ones replaced or masked."""
+        ids, images = fetched.ids.copy(), []
+        for row, position in enumerate(fetched.positions.tolist()):
+            candidates = order.replacements(self._order, position, self._labeled) if self._train else iter(())
+            for candidate in itertools.chain([int(ids[row])], candidates):
+                image = self._decode_one(candidate)
+                if image is not None:
+                    ids[row] = candidate
+                    break
+            else:
+                if self._train:
+                    raise DataError(f"no image can be read; check {self._folder} with `python -m shards check`")
+                ids[row] = NO_ID
+                size = self._data.image_size
+                image = torch.zeros(1, 3, size, size, device=self._device)
+            images.append(image)
+        labels = np.where(ids == NO_ID, UNLABELED, self._index.label[ids])
+        together = torch.cat(images).contiguous(memory_format=torch.channels_last)
+        return self._batch(together, ids, labels)
+
+    def _decode_one(self, sample: int) -> torch.Tensor | None:
+        """A sample's image [1, 3, S, S], or None, and the sample noted, if it cannot be read."""
+        columns = self._thread.submit(self._columns, np.array([sample])).result()
+        if len(columns["raw"][0]):
+            (result,) = self._spare.run([columns])
+            if isinstance(result, torch.Tensor):
+                return result
+        self._note_bad(sample, columns["raw"][0])
+        return None
+
+    def _note_bad(self, sample: int, raw: NDArray[np.uint8]) -> None:
+        if sample in self.bad:
+            return
+        key = f"{self._index.key[sample].decode()}.{self._index.ext[sample].decode()}"
+        bad = BadSample(self._index.shards[self._index.shard[sample]].name, key, self._reason(sample, raw))
+        self.bad[sample] = bad
+        log.warning(
+            "unreadable image %d: %s; it is %s", len(self.bad), bad, "replaced" if self._train else "not counted"
+        )
+        if len(self.bad) > self._data.max_bad:
+            named = "; ".join(str(entry) for entry in itertools.islice(self.bad.values(), _NAMED_IN_ERROR))
+            raise DataError(
+                f"{len(self.bad)} images cannot be read, data.max_bad is {self._data.max_bad} ({named}"
+                f"{'; ...' if len(self.bad) > _NAMED_IN_ERROR else ''}); check the shards with `python -m shards check`"
+            )
+
+    def _reason(self, sample: int, raw: NDArray[np.uint8]) -> str:
+        """One line of why; PIL's words are clearer than the decoder's."""
+        from PIL import Image
+
+        try:
+            if not len(raw):
+                self._thread.submit(self._reader.read, sample).result()
+            Image.open(io.BytesIO(raw.tobytes())).convert("RGB")
+        except Exception as error:  # any: it is a damaged file that is looked at
+            text = str(error).replace("\n", " ")
+            return "it is not an image" if "cannot identify image file" in text else text
+        return "the decoder cannot read it"

@@ -1,0 +1,75 @@
+"""What a run was made with: versions, machine, command, the user's commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+
+from dist_train.dist import Ranks
+
+PACKAGES = ("dist-train", "torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "mlflow", "submitit", "triton")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Kept as ``env.json`` in the run folder."""
+
+    command: list[str]
+    versions: dict[str, str]
+    host: str
+    processes: int
+    device: str
+    commit: str | None
+    job: str | None
+
+    def json(self) -> str:
+        """As JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """As tags of an MLflow run: what may change from one start of a run to the next."""
+        tags = {"command": " ".join(self.command), "host": self.host, "processes": str(self.processes), "device": self.device}
+        optional = {"commit": self.commit, "slurm_job": self.job}
+        return tags | {key: value for key, value in optional.items() if value}
+
+
+def describe_environment(ranks: Ranks) -> Environment:
+    """The environment of this process."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    return Environment(
+        command=["dist-train", *sys.argv[1:]],
+        versions={"python": platform.python_version()} | installed_versions(),
+        host=socket.gethostname(),
+        processes=ranks.world_size,
+        device=device,
+        commit=_commit(),
+        job=os.environ.get("SLURM_JOB_ID"),
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that matter, "missing" where one is not installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    return versions
+
+
+def _commit() -> str | None:
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,171 @@
+"""Multiply-adds, parameters and milliseconds per exit of any multi-exit network, found by running it."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from dist_train.models import MultiExitNetwork
+
+Convention = Literal["macs", "msdnet_pytorch"]
+
+
+@dataclass(frozen=True)
+class ExitCost:
+    """What one image costs up to an exit, the heads of the exits before it included."""
+
+    macs: int
+    """Multiply-adds; under the convention msdnet_pytorch also the other operations that it counts."""
+    params: int
+    """Parameters that took part."""
+
+
+@dataclass(frozen=True)
+class ExitTime:
+    """How long a batch takes from its images to an exit's logits."""
+
+    milliseconds: float
+    """Median."""
+    spread: float
+    """Half of the distance between the quartiles, in milliseconds."""
+
+
+def exit_costs(
+    network: nn.Module, image_size: int, convention: Convention = "macs", *, lazy: bool = False
+) -> list[ExitCost]:
+    """Cost of every exit for one image of ``image_size`` x ``image_size`` pixels, by counting the operations of a real pass.
+
+    Args:
+        network: a :class:`~dist_train.models.MultiExitNetwork`; its training mode and buffers are as before afterwards.
+        image_size: height and width, in pixels.
+        convention: ``macs`` counts the multiply-adds of convolutions and matrix products alone. ``msdnet_pytorch`` is the
+            counter behind the published MSDNet axes: also one per element of a ReLU, per window element of a pooling and
+            per bias of a linear layer (not of a convolution).
+        lazy: count what ``iter_exits`` computes for an exit. Otherwise what ``forward`` has computed when the exit's logits
+            are there, which for MSDNet includes finer scales that only later exits need (as in the published axes).
+    """
+    parameter = next(network.parameters())
+    images = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    counter = _Counter(_RULES[convention])
+    multi_exit = cast(MultiExitNetwork, network)
+    with _evaluating(network), counter:
+        if lazy:
+            return [counter.cost() for _ in multi_exit.iter_exits(images)]
+        return [counter.cost_of(logits) for logits in multi_exit(images)]
+
+
+def measure_exits(network: nn.Module, image_size: int, batch: int, repeats: int = 20) -> list[ExitTime]:
+    """Time from the images to each exit's logits with ``iter_exits``, on the network's device, after one warm-up pass."""
+    parameter = next(network.parameters())
+    images = torch.randn(batch, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    times: list[list[float]] = []
+    with _evaluating(network):
+        for _ in range(repeats + 1):
+            times.append([])
+            _synchronize(images.device)
+            start = time.perf_counter()
+            for _ in cast(MultiExitNetwork, network).iter_exits(images):
+                _synchronize(images.device)
+                times[-1].append(1000 * (time.perf_counter() - start))
+    quartiles = [statistics.quantiles(exit_times, n=4) for exit_times in zip(*times[1:])]
+    return [ExitTime(middle, (upper - lower) / 2) for lower, middle, upper in quartiles]
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums up the cost of the operations that run under it, and remembers the sum at every tensor they give."""
+
+    def __init__(self, rules: Mapping[Any, Callable[..., int]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rules = rules
+        self._macs = 0
+        self._parameters: dict[int, int] = {}
+        # The tensors are kept, because an id may be given again once its tensor is gone.
+        self._costs: dict[int, tuple[Tensor, ExitCost]] = {}
+
+    def cost(self) -> ExitCost:
+        """All operations so far."""
+        return ExitCost(self._macs, sum(self._parameters.values()))
+
+    def cost_of(self, tensor: Tensor) -> ExitCost:
+        """All operations up to the one that gave this tensor."""
+        return self._costs[id(tensor)][1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        rule = self._rules.get(func.overloadpacket)
+        if rule is not None:
+            self._macs += rule(*args, **kwargs, out_val=out)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, nn.Parameter):
+                self._parameters[id(leaf)] = leaf.numel()
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._costs[id(leaf)] = (leaf, self.cost())
+        return out
+
+
+def _multiply_adds(flops: Callable[..., int]) -> Callable[..., int]:
+    return lambda *args, **kwargs: flops(*args, **kwargs) // 2
+
+
+def _linear_with_bias(bias: Tensor, rows: Tensor, weight: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return out_val.numel() * (rows.shape[-1] + 1)
+
+
+def _window(images: Tensor, kernel: list[int], *_: Any, out_val: Any, **__: Any) -> int:
+    pooled = out_val[0] if isinstance(out_val, tuple) else out_val
+    return int(pooled.numel() * kernel[0] * kernel[-1])
+
+
+def _elements(tensor: Tensor, *_: Any, **__: Any) -> int:
+    return tensor.numel()
+
+
+_ATEN = torch.ops.aten
+_MULTIPLY_ADDS = {operation: _multiply_adds(flops) for operation, flops in flop_registry.items()}
+_RULES: dict[Convention, dict[Any, Callable[..., int]]] = {
+    "macs": _MULTIPLY_ADDS,
+    "msdnet_pytorch": {
+        **_MULTIPLY_ADDS,
+        _ATEN.addmm: _linear_with_bias,
+        _ATEN.relu: _elements,
+        _ATEN.relu_: _elements,
+        _ATEN.avg_pool2d: _window,
+        _ATEN.max_pool2d_with_indices: _window,
+        _ATEN.mean: _elements,  # a pooling to one pixel
+    },
+}
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and without fused operations that hide matrix products from the counter."""
+    training = [module for module in network.modules() if module.training]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    network.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module in training:
+            module.training = True
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,273 @@
+"""Exits on any network: heads at named submodules, and a forward pass that stops at an exit and goes on from there."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import ConfigError
+
+HeadMaker = Callable[[torch.Size], nn.Module]
+Pooling = Literal["mean", "class_token"]
+
+
+def attach_exits(
+    network: nn.Module,
+    at: Sequence[str],
+    num_classes: int,
+    *,
+    head: Pooling | HeadMaker = "mean",
+    image_size: int = 224,
+) -> AttachedExits:
+    """Put an exit after each named submodule; the end of the network is one more, the last.
+
+    The shapes are found by a trial run, in evaluation mode, on two random images. If the network itself gives
+    [N, num_classes], that is the last exit's logits; otherwise a head is put on what it gives.
+
+    Args:
+        network: maps images [N, 3, S, S] to logits or features; it is changed (hooks), not copied.
+        at: names of submodules (as in ``network.named_modules()``) in the order in which they run, each once per pass.
+        num_classes: classes K.
+        head: for feature maps [N, C, H, W] always the mean and a linear layer; for tokens [N, T, C] a layer norm and a
+            linear layer on their ``mean`` or on the first, the ``class_token``. A function gets the shape of a batch of
+            features and gives the module.
+        image_size: S of the trial run, in pixels.
+
+    Raises:
+        ConfigError: a name does not exist, is repeated or out of order, or its output has nothing to classify.
+    """
+    _check_names(network, at)
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        parameter = next(network.parameters())
+        images = torch.randn(2, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+        features, output = _trial_run(network, at, images)
+        heads = [_make_head(name, features[name].shape, num_classes, head) for name in at]
+        is_logits = output.shape == (2, num_classes)
+        heads.append(nn.Identity() if is_logits else _make_head("the network's end", output.shape, num_classes, head))
+        attached = AttachedExits(network, at, nn.ModuleList(heads).to(parameter), num_classes).eval()
+        _check_iteration(attached, images)
+    finally:
+        for module in training:
+            module.training = True
+    attached.heads.train(network.training)
+    attached.training = network.training
+    return attached
+
+
+class AttachedExits(nn.Module):
+    """A network with exits at some of its submodules and at its end; made by :func:`attach_exits`."""
+
+    def __init__(self, network: nn.Module, at: Sequence[str], heads: nn.ModuleList, num_classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.heads = heads
+        self.num_exits = len(heads)
+        self.num_classes = num_classes
+        self._at = tuple(at)
+        self._logits: list[Tensor] | None = None
+        self._wanted: int | None = None
+        for number, name in enumerate(at):
+            network.get_submodule(name).register_forward_hook(partial(self._at_exit, number))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits of all exits, M tensors [N, K], for images [N, 3, H, W]."""
+        logits: list[Tensor] = []
+        self._logits = logits
+        output = self.network(images)
+        self._logits = None
+        return (*logits, self.heads[-1](_first_tensor(output)))
+
+    def iter_exits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
+        """Yield the logits [N, K] of exit after exit; no submodule after an exit runs before the next one is asked for.
+
+        Going on runs the network's own ``forward`` again, with what its submodules gave before: none of them computes
+        twice, only operations between them do (an addition, a reshape). With ``exits.send(rows)``, a tensor of row
+        numbers, the iteration goes on with these images only.
+        """
+        memory = _Memory(_outermost(self.network, self._at))
+        for number in range(self.num_exits):
+            logits = self._run_to(number, images, memory)
+            rows = yield logits
+            if rows is not None:
+                memory.keep(rows, len(images))
+                images = images[rows]
+
+    def _run_to(self, number: int, images: Tensor, memory: _Memory) -> Tensor:
+        self._wanted = number
+        try:
+            with memory:
+                output = self.network(images)
+        except _Reached as reached:
+            return reached.logits
+        finally:
+            self._wanted = None
+        logits: Tensor = self.heads[-1](_first_tensor(output))
+        return logits
+
+    def _at_exit(self, number: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._wanted == number:
+            raise _Reached(self.heads[number](_first_tensor(output)))
+        if self._wanted is None and self._logits is not None:
+            self._logits.append(self.heads[number](_first_tensor(output)))
+
+
+class _Reached(BaseException):
+    """Ends a forward pass at the exit that was asked for; no Exception, so that no network catches it."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+
+class _Memory:
+    """Inside of it, calls of the given modules that were made in an earlier pass give what they gave then."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._outputs: dict[tuple[int, int], Any] = {}  # by module and number of its call in the pass
+
+    def keep(self, rows: Tensor, batch: int) -> None:
+        """Drop all other rows of a batch from what is remembered."""
+
+        def select(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[rows] if value.dim() and len(value) == batch else value
+            return type(value)(map(select, value)) if isinstance(value, tuple | list) else value
+
+        self._outputs = {key: select(value) for key, value in self._outputs.items()}
+
+    def __enter__(self) -> None:
+        calls: Counter[int] = Counter()
+        self._replaced = [vars(module).get("forward") for module in self._modules]
+        for number, module in enumerate(self._modules):
+            vars(module)["forward"] = partial(self._call, number, calls, module.forward)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for module, replaced in zip(self._modules, self._replaced):
+            if replaced is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = replaced
+
+    def _call(self, number: int, calls: Counter[int], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        key = number, calls[number]
+        calls[number] += 1
+        if key not in self._outputs:
+            self._outputs[key] = forward(*args, **kwargs)
+        return self._outputs[key]
+
+
+def _outermost(network: nn.Module, at: Sequence[str]) -> list[nn.Module]:
+    """The outermost modules that hold no exit inside; all others have to run again to get from one exit to the next."""
+    holders = {id(network)}
+    for name in at:
+        parts = name.split(".")
+        holders |= {id(network.get_submodule(".".join(parts[:end]))) for end in range(1, len(parts))}
+    found: dict[int, nn.Module] = {}
+
+    def search(module: nn.Module) -> None:
+        for child in module.children():
+            if id(child) in holders or isinstance(child, nn.ModuleList | nn.ModuleDict):
+                search(child)
+            else:
+                found[id(child)] = child
+
+    search(network)
+    return list(found.values())
+
+
+def _check_names(network: nn.Module, at: Sequence[str]) -> None:
+    names = [name for name, _ in network.named_modules() if name]
+    if not at:
+        raise ConfigError(f"no submodule is named for an exit; name some of them, for instance {', '.join(names[:3])}")
+    for position, name in enumerate(at):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            raise ConfigError(f"there is no submodule {name!r} for an exit; the nearest is {near[0]!r}")
+        if name in at[:position]:
+            raise ConfigError(f"exit {name!r} is named twice; name each submodule once")
+
+
+def _trial_run(network: nn.Module, at: Sequence[str], images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The features at every exit by name, and what the network gives."""
+    features: dict[str, Tensor] = {}
+    calls: list[str] = []
+
+    def notice(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        calls.append(name)
+        features[name] = _first_tensor(output, name)
+
+    handles = [network.get_submodule(name).register_forward_hook(partial(notice, name)) for name in at]
+    try:
+        with torch.no_grad():
+            output = _first_tensor(network(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in at:
+        if calls.count(name) != 1:
+            raise ConfigError(
+                f"submodule {name!r} runs {calls.count(name)} times in a pass; an exit needs one that runs once"
+            )
+    if calls != list(at):
+        raise ConfigError(f"exits are given as {', '.join(at)}, but run as {', '.join(calls)}; give them in this order")
+    return features, output
+
+
+def _check_iteration(attached: AttachedExits, images: Tensor) -> None:
+    with torch.no_grad():
+        for number, (whole, single) in enumerate(zip(attached(images), attached.iter_exits(images)), start=1):
+            if not torch.allclose(whole, single, rtol=1e-2, atol=1e-3 * float(whole.abs().max())):
+                raise ConfigError(
+                    f"exit {number} differs when the network is stopped before it: the network changes tensors in place "
+                    "between its submodules (such as x += y); name exits that are not inside of such a module"
+                )
+
+
+def _make_head(name: str, shape: torch.Size, num_classes: int, head: Pooling | HeadMaker) -> nn.Module:
+    if not isinstance(head, str):
+        return head(shape)
+    match tuple(shape):
+        case (2, channels, _, _):
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+        case (2, _, channels):
+            return nn.Sequential(_TokenPool(head), nn.LayerNorm(channels), nn.Linear(channels, num_classes))
+        case (2, channels):
+            return nn.Linear(channels, num_classes)
+    raise ConfigError(
+        f"the output of {name} has the shape {list(shape)} for 2 images; an exit takes [N, C, H, W], [N, T, C] or [N, C]; "
+        "name another submodule, or give head a function"
+    )
+
+
+class _TokenPool(nn.Module):
+    """Tokens [N, T, C] to [N, C]."""
+
+    def __init__(self, pooling: Pooling) -> None:
+        super().__init__()
+        self.pooling = pooling
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0] if self.pooling == "class_token" else tokens.mean(1)
+
+
+def _first_tensor(output: Any, name: str = "the network") -> Tensor:
+    """The tensor in what a module gives: itself, the first of a tuple, or the logits or hidden state of a named output."""
+    for key in ("logits", "last_hidden_state"):
+        output = getattr(output, key, output)
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ConfigError(f"the output of {name} is a {type(output).__name__}, not a tensor; name another submodule")
+    return output

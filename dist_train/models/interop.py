@@ -1,0 +1,210 @@
+"""Weights of two public MSDNet repositories: their configuration and state dict become an :class:`MSDNet`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from dist_train.errors import CheckpointError, ConfigError
+from dist_train.models.msdnet import ConvNormReLU, DenseCell, MSDNet
+
+_LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_CLASSES = {"cifar10": 10, "cifar100": 100, "ImageNet": 1000}
+_STEP_MODES = {"even": "even", "lin_grow": "growing"}
+
+
+def load_msdnet_pytorch(args: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MSDNet:
+    """The network that kalviny/MSDNet-PyTorch makes of ``args``, with its weights.
+
+    Args:
+        args: its command-line arguments by name: data, nBlocks, nChannels, base, step, stepmode, growthRate, grFactor,
+            bnFactor, prune, reduction, bottleneck; the factors as numbers or as text ("1-2-4").
+        state_dict: weights by its names, with or without ``module.`` before each.
+
+    Raises:
+        ConfigError: an argument is missing or out of range.
+        CheckpointError: keys are missing, unexpected or of another shape.
+    """
+    data = _choice(args, "data", tuple(_CLASSES))
+    growth_factors = _factors(_get(args, "grFactor"))
+    network = MSDNet(
+        _CLASSES[data],
+        exits=int(_get(args, "nBlocks")),
+        scales=len(growth_factors),
+        growth=int(_get(args, "growthRate")),
+        growth_factors=growth_factors,
+        bottleneck_factors=_factors(_get(args, "bnFactor")) if args.get("bottleneck", True) else None,
+        initial_channels=int(_get(args, "nChannels")),
+        base=int(_get(args, "base")),
+        step=int(_get(args, "step")),
+        step_mode=cast(Any, _STEP_MODES[_choice(args, "stepmode", tuple(_STEP_MODES))]),
+        prune=cast(Any, _choice(args, "prune", ("min", "max"))),
+        reduction=float(args.get("reduction", 0.5)),
+        head_width=None if data == "ImageNet" else 128,
+        stem=224 if data == "ImageNet" else 32,
+        dialect="msdnet_pytorch",
+    )
+    return _load(network, state_dict)
+
+
+def load_multiexit_distillation(cf_net: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MSDNet:
+    """The network that mary-phuong/multiexit-distillation makes of ``cf_net``, with its weights.
+
+    Args:
+        cf_net: its dictionary: in_shape, out_dim, n_scales, n_exits, nlayers_to_exit, nlayers_between_exits,
+            nplanes_mulv, nplanes_addh, nplanes_init, prune, plane_reduction, exit_width, btneck_widths.
+        state_dict: weights by its names, with or without ``module.`` before each. Its CIFAR-100 classes are permuted.
+
+    Raises:
+        ConfigError: an argument is missing or out of range.
+        CheckpointError: keys are missing, unexpected or of another shape.
+    """
+    prune = cf_net.get("prune")
+    network = MSDNet(
+        int(_get(cf_net, "out_dim")),
+        exits=int(_get(cf_net, "n_exits")),
+        scales=int(_get(cf_net, "n_scales")),
+        growth=int(_get(cf_net, "nplanes_addh")),
+        growth_factors=_factors(_get(cf_net, "nplanes_mulv")),
+        bottleneck_factors=_factors(cf_net.get("btneck_widths") or ()) or None,
+        initial_channels=int(cf_net.get("nplanes_init", 32)),
+        base=int(_get(cf_net, "nlayers_to_exit")),
+        step=int(_get(cf_net, "nlayers_between_exits")),
+        prune=cast(Any, "none" if prune is None else _choice(cf_net, "prune", ("min", "max"))),
+        reduction=float(cf_net.get("plane_reduction", 0.0)),
+        head_width=cf_net.get("exit_width"),
+        stem=_choice(cf_net, "in_shape", (32, 224)),
+        dialect="multiexit_distillation",
+    )
+    return _load(network, state_dict)
+
+
+def _load(network: MSDNet, state_dict: Mapping[str, Tensor]) -> MSDNet:
+    for key, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{key} is a {type(value).__name__}, not a tensor; give the state dict alone")
+    given = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    own = network.state_dict()
+    theirs = {their_key: key for their_key, key in _renamed(network) if key in own}
+    _check_keys(network, {their_key: own[key] for their_key, key in theirs.items()}, given)
+    network.load_state_dict({key: given[their_key] for their_key, key in theirs.items()})
+    return network
+
+
+def _check_keys(network: MSDNet, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    misshapen = [
+        f"{key} {list(given[key].shape)} instead of {list(wanted[key].shape)}"
+        for key in wanted
+        if key in given and given[key].shape != wanted[key].shape
+    ]
+    faults = {
+        "missing": [*wanted.keys() - given.keys()],
+        "unexpected": [*given.keys() - wanted.keys()],
+        "misshapen": misshapen,
+    }
+    found = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in faults.items() if keys]
+    if found:
+        linear = re.compile(r"(classifier\.\d+\.linear|exits\.\d+\.4)\.bias")
+        biases = [value for key, value in given.items() if linear.fullmatch(key)]
+        theirs = (
+            f"have {len(biases)} exits and {len(biases[0])} classes"
+            if biases
+            else "have no exits by this repository's names"
+        )
+        raise CheckpointError(
+            f"the weights {theirs} and do not fit the configuration, with {network.num_exits} exits and {network.num_classes} "
+            f"classes: {', '.join(found)}; give the configuration they were trained with"
+        )
+
+
+def _some(keys: list[str]) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _renamed(network: MSDNet) -> Iterator[tuple[str, str]]:
+    """(their key, our key) for every leaf a module can have; not every module has all of them."""
+    modules = dict(network.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    convert = _msdnet_pytorch if network.dialect == "msdnet_pytorch" else _multiexit_distillation
+    for module, their_name in convert(network):
+        for leaf in _LEAVES:
+            yield f"{their_name}.{leaf}", f"{names[id(module)]}.{leaf}"
+
+
+def _unit(unit: nn.Module, name: str, first: int = 0) -> Iterator[tuple[nn.Module, str]]:
+    assert isinstance(unit, ConvNormReLU)
+    yield unit[0], f"{name}.{first}"
+    yield unit[1], f"{name}.{first + 1}"
+
+
+def _cells(network: MSDNet) -> Iterator[tuple[str, int, int, nn.Module]]:
+    """(block.stage in their numbering, scale, place among the stage's scales, cell); the stem is the first block's stage 0."""
+    for number, block in enumerate(network.blocks):
+        for position, stage in enumerate(cast(nn.ModuleList, block), start=number == 0):
+            for place, (scale, cell) in enumerate(cast(nn.ModuleDict, stage).items()):
+                yield f"blocks.{number}.{position}", int(scale), place, cell
+
+
+def _msdnet_pytorch(network: MSDNet) -> Iterator[tuple[nn.Module, str]]:
+    for scale, unit in enumerate(network.stem):
+        has_pool = len(cast(ConvNormReLU, unit)) == 4
+        yield from _unit(unit, f"blocks.0.0.layers.{scale}" + ("" if has_pool else ".net"))
+    for stage, _, place, cell in _cells(network):
+        if not isinstance(cell, DenseCell):
+            yield from _unit(cell, f"{stage}.m.{place}.net")
+            continue
+        for path, name in ((cell.down, "conv_down"), (cell.normal, "conv_normal")):
+            for index, unit in enumerate(_units(path)):
+                yield from _unit(unit, f"{stage}.layers.{place}.{name}.net", 3 * index)
+    for number, head in enumerate(network.heads):
+        conv1, conv2, *_, linear = head.children()
+        yield from _unit(conv1, f"classifier.{number}.m.0.net")
+        yield from _unit(conv2, f"classifier.{number}.m.1.net")
+        yield linear, f"classifier.{number}.linear"
+
+
+def _multiexit_distillation(network: MSDNet) -> Iterator[tuple[nn.Module, str]]:
+    for scale, unit in enumerate(network.stem):
+        has_pool = len(cast(ConvNormReLU, unit)) == 4
+        yield from _unit(unit, f"blocks.0.0.mods.{scale}" + (".0" if has_pool else ""))
+    for stage, scale, _, cell in _cells(network):
+        if not isinstance(cell, DenseCell):
+            yield from _unit(cell, f"{stage}.conv.{scale}")
+            continue
+        for path, name in ((cell.down, "conv_down"), (cell.normal, "conv")):
+            units = _units(path)
+            for index, unit in enumerate(units):
+                yield from _unit(unit, f"{stage}.mods.{scale}.{name}" + (f".{index}" if len(units) > 1 else ""))
+    for number, head in enumerate(network.heads):
+        conv1, conv2, *_, linear = head.children()
+        yield from _unit(conv1, f"exits.{number}.0")
+        yield from _unit(conv2, f"exits.{number}.1")
+        yield linear, f"exits.{number}.4"
+
+
+def _units(path: nn.Module | None) -> list[nn.Module]:
+    """The convolutions of a path: bottleneck and 3x3, or the 3x3 alone, or nothing."""
+    if path is None:
+        return []
+    return [path] if isinstance(path, ConvNormReLU) else list(path.children())
+
+
+def _get(mapping: Mapping[str, Any], key: str) -> Any:
+    if key not in mapping:
+        raise ConfigError(f"the network's configuration has no {key}; give the one it was trained with")
+    return mapping[key]
+
+
+def _choice(mapping: Mapping[str, Any], key: str, allowed: Sequence[Any]) -> Any:
+    value = _get(mapping, key)
+    if value not in allowed:
+        raise ConfigError(f"{key} is {value!r}; it can be {', '.join(map(str, allowed))}")
+    return value
+
+
+def _factors(value: str | Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(factor) for factor in (value.split("-") if isinstance(value, str) else value))

@@ -1,0 +1,68 @@
+"""The optimizer's side of training: parameter groups, the learning rate as a function of the step, averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from dist_train.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """SGD or AdamW over the parameters that train; norms and biases are not decayed unless ``decay_all``."""
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Norm scales, norm shifts and biases are the one-dimensional parameters.
+            (decayed if config.decay_all or parameter.ndim > 1 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    fused = device.type == "cuda"
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, fused=fused
+    )
+
+
+def state_names(config: OptimConfig) -> tuple[str, ...]:
+    """Names under which the optimizer keeps its tensors per parameter."""
+    if config.name == "adamw":
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if config.momentum else ()
+
+
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Learning rate of update number ``step`` (from 0): linear warm-up, then the schedule over the rest."""
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "multistep":
+        return config.lr * config.gamma ** sum(step >= milestone * total_steps for milestone in config.milestones)
+    if config.schedule == "cosine":
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+    return config.lr
+
+
+class AveragedWeights:
+    """Exponential moving average of all floating-point weights and buffers, by name, in float32.
+
+    The decay grows as (1 + n) / (10 + n) until it reaches the configured one, so that the random start is forgotten.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.tensors = {name: t.detach().float().clone() for name, t in weights.items() if t.is_floating_point()}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Move towards the weights after an update."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        averages = list(self.tensors.values())
+        torch._foreach_lerp_(averages, [weights[name].detach().float() for name in self.tensors], 1 - decay)

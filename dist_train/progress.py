@@ -1,0 +1,93 @@
+"""What a person sees of a run: a live line with the time left on a terminal, plain lines in a pipe or a file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("dist_train")
+
+
+def set_up_logging(rank: int, folder: Path | None = None) -> None:
+    """Send the log to standard output on rank 0, and on every rank to ``log/rankN.txt`` of a run folder."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers.clear()
+    if rank == 0:
+        log.addHandler(logging.StreamHandler(sys.stdout))
+    if folder is not None:
+        try:
+            (folder / "log").mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(folder / "log" / f"rank{rank}.txt")
+        except OSError as error:
+            log.warning("%s: the log cannot be written (%s)", folder / "log", error.strerror)
+            return
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+
+
+class Display:
+    """Progress of training on rank 0, a context manager; silent on the other ranks."""
+
+    def __init__(self, total_steps: int, rank: int) -> None:
+        self.total = total_steps
+        self._bar: Any = None
+        self._task: Any = None
+        self._start = time.perf_counter()
+        self._first: int | None = None
+        self._handler: logging.Handler | None = None
+        self._live = rank == 0 and sys.stdout.isatty()
+
+    def __enter__(self) -> Display:
+        if self._live:
+            from rich.logging import RichHandler
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+            )
+            self._task = self._bar.add_task("", total=self.total)
+            self._bar.start()
+            # Lines of the log must go above the bar instead of through it.
+            plain = next(h for h in log.handlers if isinstance(h, logging.StreamHandler) and h.stream is sys.stdout)
+            log.removeHandler(plain)
+            self._handler = RichHandler(console=self._bar.console, show_time=False, show_level=False, show_path=False)
+            log.addHandler(self._handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live and self._handler is not None:
+            self._bar.stop()
+            log.removeHandler(self._handler)
+            log.addHandler(logging.StreamHandler(sys.stdout))
+
+    def step(self, step: int) -> None:
+        """Show that a step is done."""
+        if self._first is None:
+            self._first, self._start = step, time.perf_counter()
+        if self._live:
+            self._bar.update(self._task, completed=step)
+
+    def metrics(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        """Show a line of training metrics."""
+        exits = sum(key.endswith("/top1") for key in metrics)
+        accuracy = " ".join(f"{100 * metrics[f'train/exit{m + 1}/top1']:.1f}" for m in range(exits))
+        text = (
+            f"epoch {epoch:.1f}  loss {metrics['train/loss']:.3f}  top-1 % {accuracy}  T {metrics['train/temperature']:.2f}  "
+            f"lr {metrics['train/learning_rate']:.2g}  {metrics['speed/images_per_second']:.0f} img/s  "
+            f"waiting {100 * metrics['speed/waiting_for_data']:.0f} %"
+        )
+        if self._live:
+            self._bar.update(self._task, description=text)
+        else:
+            log.info("step %d/%d  %s%s", step, self.total, text, self._left(step))
+
+    def _left(self, step: int) -> str:
+        if self._first is None or step <= self._first:
+            return ""
+        seconds = (time.perf_counter() - self._start) / (step - self._first) * (self.total - step)
+        hours, rest = divmod(int(seconds), 3600)
+        return f"  left {hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,370 @@
+"""The training loop: from a configuration to a trained network, going on where an earlier start of the same run ended."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dist_train import checkpoint
+from dist_train.checkpoint import Position, Snapshot, State
+from dist_train.config import Config, accumulation, dump_config
+from dist_train.data.pipeline import GlobalBatch, Loader
+from dist_train.dist import Group, Ranks
+from dist_train.engine import Engine, Update
+from dist_train.environment import describe_environment
+from dist_train.evaluation import Evaluation, Evaluator, table, write_report
+from dist_train.health import NonFinite, StopRequests
+from dist_train.loss import ExitDistillation
+from dist_train.metrics import Meter, MetricsFile
+from dist_train.models.cost import exit_costs
+from dist_train.optim import learning_rate
+from dist_train.preflight import Preflight, preflight
+from dist_train.progress import Display, set_up_logging
+from dist_train.tracking import Tracker, ui_command
+
+log = logging.getLogger("dist_train")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What :func:`train` leaves: the run folder, how far it got, and the last evaluation (None before the first)."""
+
+    folder: Path
+    position: Position
+    finished: bool
+    evaluation: Evaluation | None
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the best mean top-1 over the exits."""
+        return self.folder / "checkpoints" / "best"
+
+    @property
+    def latest(self) -> Path:
+        """The newest checkpoint."""
+        return self.folder / "checkpoints" / "latest"
+
+
+def train(config: Config) -> Run:
+    """Train on all ranks of the environment (one, without a launcher); the same call again resumes.
+
+    Raises:
+        UserError: something in the configuration, the shards or the run folder is wrong; see the message.
+        TrainingError: training cannot go on; the last checkpoint is whole.
+    """
+    ranks = Ranks.from_env()
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(ranks.threads)
+    checkpoint.seed_random(config.seed)
+    ready = preflight(config, ranks)
+    set_up_logging(ranks.rank, config.folder)
+    group = Group(ranks, config.faults.timeout_minutes)
+    with StopRequests() as requests:
+        return Trainer(config, ready, group, requests).run()
+
+
+class Trainer:
+    """One run on one rank; every method is called on all ranks together."""
+
+    def __init__(self, config: Config, ready: Preflight, group: Group, requests: StopRequests) -> None:
+        self.config = config
+        self.group = group
+        self.requests = requests
+        self.rank = group.ranks.rank
+        self.steps_per_epoch = ready.steps_per_epoch
+        self.total_batches = config.train.epochs * ready.steps_per_epoch
+        self.passes = accumulation(config.train, group.ranks.world_size)
+        self.index = ready.train
+        self.costs = exit_costs(ready.model, config.data.image_size)
+        self.position = Position()
+        self.evaluation: Evaluation | None = None
+
+        path = self.group.broadcast(checkpoint.newest(config.folder / "checkpoints") if self.rank == 0 else None)
+        snapshot = checkpoint.read(path) if path else None
+        if snapshot:
+            ready.model.load_state_dict(snapshot.model)
+        self.criterion = ExitDistillation.from_config(config.loss, ready.model.num_exits).to(group.device)
+        self.evaluator = Evaluator(
+            copy.deepcopy(ready.model), self._loader(ready, training=False), group, self.criterion, config.train.precision
+        )
+        self.engine = Engine(ready.model, config, group)
+        self.meter = Meter(self.criterion.num_exits, group)
+        checkpoint.seed_random(config.seed + 1 + self.rank)
+        if snapshot:
+            self._restore(snapshot)
+        self.nonfinite = NonFinite(config.faults.max_nonfinite, self.position.nonfinite)
+        self.loader = self._loader(ready, training=True)
+        self.metrics = MetricsFile(config.folder / "metrics.jsonl")
+        self.tracker: Tracker | None = None
+        if self.rank == 0:
+            self._open_folder()
+            self.tracker = Tracker(config, describe_environment(group.ranks).tags)
+        self._last_save = time.monotonic()
+        self._saved_batch = self.position.batch if snapshot else -1
+        self._said: set[str] = set()
+        self._announce(ready, path)
+
+    def run(self) -> Run:
+        """Train to the end, or to the next step boundary after a request to stop."""
+        status = "FAILED"
+        try:
+            with Display(self.total_batches, self.rank) as self.display:
+                stopped = False
+                while not stopped:
+                    if self.position.batch and (self.position.batch % self.steps_per_epoch == 0 or self._at_end()):
+                        self._end_epoch()
+                    if self._at_end():
+                        break
+                    stopped = self._train_epoch()
+            status = "RUNNING" if stopped else "FINISHED"
+            return self._close(finished=not stopped)
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            self.loader.close()
+            self.evaluator.loader.close()
+            if self.tracker:
+                self.tracker.close(status)
+
+    # --------------------------------------------------------------------------------------------- the loop
+
+    def _train_epoch(self) -> bool:
+        """Train to the end of the epoch; true if the run must stop now."""
+        epoch, start = divmod(self.position.batch, self.steps_per_epoch)
+        self.engine.model.train()
+        for batch in self.loader.epoch(epoch, start_batch=start):
+            self._train_step(batch)
+            if self.position.batch % self.config.tracking.log_every == 0:
+                self._log_training()
+            stop, save = self.group.agree(self.requests.received is not None, self._save_due())
+            if stop or save:
+                self._save()
+            if stop:
+                return True
+            if self._at_end():
+                break
+        return False
+
+    def _train_step(self, batch: GlobalBatch) -> None:
+        """One global batch: its micro batches forward and backward, one update, one move of the temperature."""
+        rate = self._learning_rate()
+        # Averaged over ranks and passes, label terms divided by this give the mean over the labeled images.
+        labeled = max(1, batch.labeled) / (self.group.ranks.world_size * self.passes)
+        confidence = torch.zeros(2, device=self.group.device)
+        update: Update | None = None
+        waiting_since = time.perf_counter()
+        total = torch.zeros((), device=self.group.device)
+        for number, micro in enumerate(batch, start=1):
+            waited = time.perf_counter() - waiting_since
+            logits = self.engine.forward(micro.images)
+            loss, stats = self.criterion(logits, micro.labels, labeled=labeled)
+            self.engine.backward(loss)
+            confidence += torch.stack([stats.confidence, stats.samples])
+            self.meter.add(stats.vector, loss, len(micro.ids), waited)
+            last = number == self.passes
+            update = self.engine.update(rate if last else None)
+            total += loss.detach()
+            waiting_since = time.perf_counter()
+        assert update is not None
+        self.update = update
+        self.position.batch += 1
+        if update.applied:
+            self.position.step += 1
+            if self.criterion.needs_confidence:
+                self.group.sum(confidence)
+            self.criterion.end_batch(confidence)
+        self._check_update(update, total)
+        self.display.step(self.position.batch)
+
+    def _check_update(self, update: Update, loss: torch.Tensor) -> None:
+        """Count an update; say which rank's loss is to blame for a refused one, and give up after too many."""
+        self.nonfinite.note(update.applied)
+        self.position.nonfinite = self.nonfinite.total
+        if update.applied:
+            return
+        where = self.group.gather(bool(torch.isfinite(loss)))
+        if where is not None:
+            ranks = [str(rank) for rank, fine in enumerate(where) if not fine]
+            source = f"the loss of rank {', '.join(ranks)} is not finite" if ranks else "every rank's loss is finite"
+            log.warning(
+                "step %d (batch %d): the gradient is not finite (%s); update refused, %d in all",
+                self.position.step, self.position.batch, source, self.nonfinite.total,
+            )  # fmt: skip
+        self.nonfinite.check(self.position.step)
+
+    def _end_epoch(self) -> None:
+        """Evaluate and save where one of them is due; done once for a batch, also if the run was stopped before it."""
+        epoch = -(-self.position.batch // self.steps_per_epoch)
+        due = self._at_end() or epoch % self.config.train.eval_every == 0
+        best = False
+        if due and self.position.evaluated != self.position.batch:
+            self.evaluation = self.evaluator.run(self.engine.averaged_weights() or self.engine.weights())
+            self.position.evaluated = self.position.batch
+            score = self.evaluation.mean_top1
+            best = self.position.best_score is None or score > self.position.best_score
+            if best:
+                self.position.best_score, self.position.best_step = score, self.position.step
+            self._log(self.evaluation.metrics("val"))
+            if self.rank == 0:
+                log.info("epoch %d  val top-1 %%  %s%s", epoch, self.evaluation.line(), "  (best)" if best else "")
+        every = self.config.checkpoint.every_epochs
+        if best or self._at_end() or (every and epoch % every == 0):
+            self._save(best)
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, best: bool = False) -> None:
+        """Write a checkpoint; what cannot be written is said, and training goes on."""
+        if self._saved_batch == self.position.batch and not best:
+            return
+        ranks = self.group.gather(self._rank_tensors())
+        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
+        averaged = self.engine.averaged_weights()
+        self._last_save, self._saved_batch = time.monotonic(), self.position.batch
+        if ranks is None:
+            return
+        averages = self.engine.averages
+        state = State(
+            position=replace(self.position),
+            world_size=self.group.ranks.world_size,
+            classes=list(self.index.classes),
+            fingerprint=self.index.fingerprint,
+            loss={name: tensor.flatten().tolist() for name, tensor in self.criterion.state_dict().items()},
+            averages_updates=averages.updates if averages else 0,
+            mlflow_run=self.tracker.run_id if self.tracker else None,
+        )
+        by_rank = {f"{rank}/{name}": tensor for rank, tensors in enumerate(ranks) for name, tensor in tensors.items()}
+        folder = self.config.folder / "checkpoints"
+        try:
+            path = checkpoint.write(folder, Snapshot(state, self.config, weights, optimizer, averaged, by_rank))
+            checkpoint.point(folder, "latest", path)
+            if best:
+                checkpoint.point(folder, "best", path)
+            checkpoint.prune(folder, self.config.checkpoint.keep)
+        except OSError as error:
+            self._say_once(f"{folder}: a checkpoint could not be written ({error}); the last whole one stays, training goes on")
+
+    def _rank_tensors(self) -> dict[str, torch.Tensor]:
+        random = {f"random/{name}": tensor for name, tensor in checkpoint.random_state().items()}
+        return self.engine.rank_state() | random | {"meter": self.meter.state()}
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self.position = snapshot.state.position
+        self.engine.load_optimizer_state(snapshot.optimizer, self.position.step)
+        for name, tensor in self.criterion.state_dict().items():
+            tensor.copy_(torch.tensor(snapshot.state.loss[name], dtype=tensor.dtype).view(tensor.shape))
+        if snapshot.averaged is not None and self.engine.averages is not None:
+            self.engine.load_averages(snapshot.averaged, snapshot.state.averages_updates)
+        if snapshot.state.world_size == self.group.ranks.world_size:
+            prefix = f"{self.rank}/"
+            mine = {k.removeprefix(prefix): v for k, v in snapshot.ranks.items() if k.startswith(prefix)}
+            self.engine.load_rank_state(mine)
+            self.meter.load_state(mine["meter"])
+            random = {k.removeprefix("random/"): v for k, v in mine.items() if k.startswith("random/")}
+            checkpoint.set_random_state(random)
+
+    def _save_due(self) -> bool:
+        every, minutes = self.config.checkpoint.every_steps, self.config.checkpoint.every_minutes
+        by_time = minutes is not None and time.monotonic() - self._last_save > 60 * minutes
+        return by_time or bool(every and self.update.applied and self.position.step % every == 0)
+
+    # ------------------------------------------------------------------------------------- words and numbers
+
+    def _log_training(self) -> None:
+        metrics = self.meter.take()
+        metrics |= {
+            "train/temperature": float(self.criterion.temperature.mean()),
+            "train/learning_rate": self._learning_rate(self.position.step - 1),
+            "train/gradient_norm": self.update.gradient_norm,
+            "train/refused_updates": float(self.nonfinite.total),
+            "train/epoch": self.position.batch / self.steps_per_epoch,
+        }
+        self._log(metrics)
+        if self.rank == 0:
+            self.display.metrics(self.position.batch, metrics["train/epoch"], metrics)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        if self.rank == 0:
+            try:
+                self.metrics.append(self.position.step, self.position.batch, metrics)
+            except OSError as error:
+                self._say_once(f"{self.metrics.path}: cannot be written ({error.strerror}); training goes on")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            log.warning("%s", text)
+        self._said.add(text)
+
+    def _learning_rate(self, step: int | None = None) -> float:
+        step = self.position.step if step is None else max(0, step)
+        return learning_rate(self.config.optim, step, self.steps_per_epoch, self.total_batches)
+
+    def _at_end(self) -> bool:
+        limit = self.config.train.max_steps
+        return self.position.batch >= self.total_batches or (limit is not None and self.position.step >= limit)
+
+    def _loader(self, ready: Preflight, training: bool) -> Loader:
+        train = self.config.train
+        return Loader(
+            ready.train if training else ready.val,
+            self.config.data.shards / (self.config.data.train if training else self.config.data.val),
+            self.config.data,
+            train=training,
+            seed=self.config.seed,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            rank=self.rank,
+            world_size=self.group.ranks.world_size,
+            device=self.group.device,
+            threads=self.config.data.threads or self.group.ranks.threads,
+        )
+
+    def _open_folder(self) -> None:
+        folder = self.config.folder
+        self.metrics.rewind(self.position.batch)
+        (folder / "config.yaml").write_text(dump_config(self.config))
+        (folder / "env.json").write_text(describe_environment(self.group.ranks).json())
+
+    def _announce(self, ready: Preflight, resumed: Path | None) -> None:
+        if self.rank:
+            return
+        train, ranks = self.config.train, self.group.ranks
+        log.info(
+            "%s: %d images, %d classes, %d exits; global batch %d = %d processes x %d passes x %d; %s, ZeRO %d, %s",
+            self.config.folder, len(ready.train), len(ready.train.classes), self.criterion.num_exits, train.global_batch,
+            ranks.world_size, self.passes, train.micro_batch, train.precision, train.zero, self.group.device.type,
+        )  # fmt: skip
+        if resumed:
+            log.info("resumed from %s: step %d, epoch %.2f", resumed, self.position.step, self.position.batch / self.steps_per_epoch)
+            for change in ready.changes:
+                log.info("changed since then: %s", change)
+
+    def _close(self, finished: bool) -> Run:
+        run = Run(self.config.folder, self.position, finished, self.evaluation)
+        if self.rank:
+            return run
+        if not finished:
+            assert self.requests.received is not None
+            name = self.requests.received.name
+            log.info("stopped by %s at step %d, saved; the same command goes on", name, self.position.step)
+        elif self.evaluation is None:
+            log.info("%s was complete at step %d already; more train.epochs, or another --name?", run.folder, self.position.step)
+        else:
+            self._report(self.evaluation)
+        return run
+
+    def _report(self, evaluation: Evaluation) -> None:
+        folder = self.config.folder
+        try:
+            write_report(folder / "report.json", evaluation, self.costs, self.position.step)
+        except OSError as error:
+            self._say_once(f"{folder / 'report.json'}: cannot be written ({error.strerror})")
+        log.info("\n%s\n\nrun folder  %s", table(evaluation, self.costs), folder)
+        if self.tracker and self.tracker.uri:
+            log.info("in MLflow   %s", ui_command(self.tracker.uri))

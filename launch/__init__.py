@@ -1,0 +1,1 @@
+"""Starting a run: on this machine, on hosts over ssh, on SLURM."""

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dist_train.data.pipeline import GlobalBatch, Loader, MicroBatch
+from dist_train.data.reader import ShardReader
+from dist_train.errors import DataError
+from shards.index import UNLABELED, Index
+
+MakeLoader = Callable[..., Loader]
+
+
+def flat(batches: Iterable[GlobalBatch]) -> list[MicroBatch]:
+    return [micro for batch in batches for micro in batch]
+
+
+def ids(micros: list[MicroBatch]) -> list[int]:
+    return torch.cat([micro.ids for micro in micros]).tolist()
+
+
+def images(micros: list[MicroBatch]) -> torch.Tensor:
+    return torch.cat([micro.images for micro in micros])
+
+
+def expected_order(clean: list[int], bad: set[int], order: list[int]) -> list[int]:
+    """The clean run's ids with every bad one replaced by the next good one of the epoch's order."""
+    place = {sample: position for position, sample in enumerate(order)}
+
+    def good(sample: int) -> int:
+        while sample in bad:
+            sample = order[(place[sample] + 1) % len(order)]
+        return sample
+
+    return [good(sample) for sample in clean]
+
+
+@pytest.fixture
+def damaged(digits: Path, tmp_path: Path) -> tuple[Path, set[int]]:
+    """The training digits with 3 images overwritten in three ways, 2 of them neighbours in epoch 0's order."""
+    folder = tmp_path / "train"
+    shutil.copytree(digits / "train", folder)
+    index = Index.load(folder)
+    order = order_of_epoch_0(folder)
+    samples = [order[100], order[101], order[700]]
+    for sample, kind in zip(samples, ("garbage", "zeros", "cut")):
+        size = int(index.size[sample])
+        content = {"garbage": b"<html>no image</html>".ljust(size), "zeros": bytes(size), "cut": None}[kind]
+        with open(folder / index.shards[index.shard[sample]].name, "r+b") as file:
+            file.seek(int(index.offset[sample]) + (size // 2 if kind == "cut" else 0))
+            file.write(bytes(size - size // 2) if content is None else content)
+    return folder, set(samples)
+
+
+def order_of_epoch_0(folder: Path) -> list[int]:
+    from dist_train.data.order import epoch_order
+
+    return epoch_order(Index.load(folder).shard_sizes, 5, 0, 16).tolist()
+
+
+def test_bad_images_are_replaced_by_the_next_of_the_order(
+    digits: Path, damaged: tuple[Path, set[int]], make_loader: MakeLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, bad = damaged
+    clean = flat(make_loader(digits / "train").epoch(0))
+    loader = make_loader(folder)
+    read = flat(loader.epoch(0))
+    expected = expected_order(ids(clean), bad, order_of_epoch_0(folder))
+    assert ids(read) == expected
+    assert sum(a != b for a, b in zip(ids(clean), expected)) == 3
+    # Everything else is untouched, and a replacement looks as it does at its own place.
+    pixels = dict(zip(ids(clean), images(clean)))
+    assert all(torch.equal(image, pixels[sample]) for sample, image in zip(ids(read), images(read)))
+    index = Index.load(folder)
+    assert torch.cat([micro.labels for micro in read]).tolist() == index.label[expected].tolist()
+    assert all(micro.images.is_contiguous(memory_format=torch.channels_last) for micro in read)
+    assert loader.bad.keys() == bad
+    for sample in bad:
+        assert f"{index.shards[index.shard[sample]].name}: {index.key[sample].decode()}.png: " in caplog.text
+    assert len(caplog.records) == 3
+
+
+def test_replacement_is_the_same_in_resumed_runs_and_on_any_number_of_ranks(
+    damaged: tuple[Path, set[int]], make_loader: MakeLoader
+) -> None:
+    folder, _ = damaged
+    whole = flat(make_loader(folder).epoch(0))
+    for start in (2, 3):
+        rest = flat(make_loader(folder).epoch(0, start_batch=start))
+        assert ids(rest) == ids(whole)[48 * start :]
+        assert torch.equal(images(rest), images(whole)[48 * start :])
+    loaders = [make_loader(folder, rank=rank, world_size=3) for rank in range(3)]
+    together = [micro for group in zip(*(loader.epoch(0) for loader in loaders)) for micro in flat(group)]
+    assert ids(together) == ids(whole)
+    assert torch.equal(images(together), images(whole))
+
+
+def test_replacement_keeps_the_number_of_labeled_samples(
+    damaged: tuple[Path, set[int]], make_loader: MakeLoader
+) -> None:
+    folder, bad = damaged
+    index = Index.load(folder)
+    label = np.where(
+        (np.arange(len(index)) % 4 == 0) | np.isin(np.arange(len(index)), list(bad)), index.label, UNLABELED
+    )
+    replace(index, label=label).save(folder)
+    for batch in make_loader(folder).epoch(0):
+        labels = torch.cat([micro.labels for micro in batch])
+        assert batch.labeled == int((labels != UNLABELED).sum())
+
+
+def test_bad_images_are_masked_in_evaluation(digits: Path, tmp_path: Path, make_loader: MakeLoader) -> None:
+    shutil.copytree(digits / "val", tmp_path / "val")
+    index = Index.load(tmp_path / "val")
+    with open(tmp_path / "val" / index.shards[0].name, "r+b") as file:
+        file.seek(int(index.offset[37]))
+        file.write(b"nothing")
+    clean = list(make_loader(digits / "val", train=False).evaluation())
+    loader = make_loader(tmp_path / "val", train=False)
+    for _ in range(2):
+        read = list(loader.evaluation())
+    assert ids(read) == [*range(37), -1, *range(38, 360)]
+    labels = torch.cat([micro.labels for micro in read])
+    assert labels[37] == -100
+    good = torch.arange(360) != 37
+    assert torch.equal(images(read)[good], images(clean)[good])
+    assert labels[good].tolist() == index.label[good.numpy()].tolist()
+    assert list(loader.bad) == [37]
+
+
+def test_too_many_bad_images_stop_with_the_list(damaged: tuple[Path, set[int]], make_loader: MakeLoader) -> None:
+    folder, bad = damaged
+    assert len(flat(make_loader(folder, max_bad=3).epoch(0))) == 87
+    with pytest.raises(DataError, match=r"3 images cannot be read, data\.max_bad is 2") as caught:
+        flat(make_loader(folder, max_bad=2).epoch(0))
+    index = Index.load(folder)
+    assert all(index.key[sample].decode() in str(caught.value) for sample in bad)
+    assert "\n" not in str(caught.value)
+
+
+def test_vanished_and_truncated_shards(digits: Path, tmp_path: Path, make_loader: MakeLoader) -> None:
+    folder = tmp_path / "train"
+    shutil.copytree(digits / "train", folder)
+    index = Index.load(folder)
+    (folder / index.shards[3].name).unlink()
+    cut = int(index.offset[index.shard.searchsorted(6) + 90]) + 10
+    os.truncate(folder / index.shards[6].name, cut)
+    bad = {
+        s
+        for s in range(len(index))
+        if index.shard[s] == 3 or (index.shard[s] == 6 and index.offset[s] + index.size[s] > cut)
+    }
+    assert len(bad) == 110
+    clean = ids(flat(make_loader(digits / "train").epoch(0)))
+    loader = make_loader(folder, max_bad=110)
+    assert ids(flat(loader.epoch(0))) == expected_order(clean, bad, order_of_epoch_0(folder))
+    reasons = {bad_sample.reason for bad_sample in loader.bad.values()}
+    assert any("No such file" in reason for reason in reasons)
+    assert any("the shard ends" in reason for reason in reasons)
+    with pytest.raises(DataError, match="No such file|the shard ends"):
+        flat(make_loader(folder, max_bad=109, last_batch="wrap").epoch(0))
+
+
+def test_a_shard_that_changes_under_a_running_epoch(digits: Path, tmp_path: Path, make_loader: MakeLoader) -> None:
+    folder = tmp_path / "train"
+    shutil.copytree(digits / "train", folder)
+    batches = make_loader(folder, max_bad=20).epoch(0)
+    clean = flat(make_loader(digits / "train").epoch(0))
+    first = list(next(batches))
+    for path in folder.glob("*.tar"):
+        os.truncate(path, 0)
+    assert ids(first) == ids(clean)[:48]
+    with pytest.raises(DataError, match="21 images cannot be read, data.max_bad is 20"):
+        flat(batches)
+
+
+def test_a_split_without_a_readable_image_stops_training(digits: Path, tmp_path: Path, make_loader: MakeLoader) -> None:
+    index = Index.load(digits / "val")
+    shutil.copy(digits / "val" / "index.json", tmp_path)
+    loader = make_loader(tmp_path, max_bad=10_000)
+    with pytest.raises(DataError, match="no image can be read"):
+        flat(loader.epoch(0))
+    assert len(loader.bad) == len(index)
+
+
+def test_a_read_that_fails_once_is_repeated(digits: Path) -> None:
+    index = Index.load(digits / "train")
+    reader = ShardReader(index, digits / "train")
+    before = reader.read(0)
+    for descriptor in reader._open.values():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    assert np.array_equal(reader.read(0), before)
+    reader.close()
+
+
+def test_a_cut_photo_is_bad(photo_folder: Path, photos: Path, tmp_path: Path, make_loader: MakeLoader) -> None:
+    for path in photos.iterdir():
+        if path.suffix == ".tar":
+            (tmp_path / path.name).symlink_to(path)
+    index = Index.load(photos)
+    size = index.size.copy()
+    size[17] -= 20
+    size[40] = 300
+    replace(index, size=size).save(tmp_path)
+    clean = list(make_loader(photos, train=False, image_size=64).evaluation())
+    loader = make_loader(tmp_path, train=False, image_size=64)
+    read = list(loader.evaluation())
+    assert list(loader.bad) == [17, 40]
+    assert "truncated" in loader.bad[17].reason
+    good = [sample for sample in range(250) if sample not in (17, 40)]
+    assert torch.equal(images(read)[good], images(clean)[good])
+    assert not images(read)[17].any()
+
+
+def test_an_image_of_another_size_than_the_index_says_is_bad_or_fits(
+    photos: Path, tmp_path: Path, make_loader: MakeLoader
+) -> None:
+    # A crop window that reaches out of the image must not stop the run, nor give pixels of elsewhere.
+    for path in photos.iterdir():
+        if path.suffix == ".tar":
+            (tmp_path / path.name).symlink_to(path)
+    index = Index.load(photos)
+    width, height = index.width.copy(), index.height.copy()
+    width[9] = height[9] = 9000
+    replace(index, width=width, height=height).save(tmp_path)
+    loader = make_loader(tmp_path, image_size=64, augment="resized_crop", last_batch="wrap")
+    read = ids(flat(loader.epoch(0)))
+    assert 9 not in read
+    assert list(loader.bad) == [9]
+
+
+def test_a_gif_in_foreign_shards_is_bad_not_fatal(digits: Path, tmp_path: Path, make_loader: MakeLoader) -> None:
+    shutil.copytree(digits / "val", tmp_path / "val")
+    index = Index.load(tmp_path / "val")
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "GIF")
+    assert len(file.getvalue()) <= index.size[5]
+    with open(tmp_path / "val" / index.shards[0].name, "r+b") as tar:
+        tar.seek(int(index.offset[5]))
+        tar.write(file.getvalue())
+    loader = make_loader(tmp_path / "val", train=False)
+    assert ids(list(loader.evaluation()))[5] == -1
+    assert loader.bad[5].reason == "the decoder cannot read it"

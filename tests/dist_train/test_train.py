@@ -1,0 +1,217 @@
+"""Training as a whole, in real processes: resumed is uninterrupted, bit for bit, however it ended."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_train.config import make_config
+from dist_train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+MODEL = {"exits": 2, "base": 1, "step": 1, "scales": 2, "growth": 2, "initial_channels": 4, "head_width": 8,
+         "growth_factors": [1, 2], "bottleneck_factors": [1, 2]}  # fmt: skip
+
+
+def settings(digits, runs, name, zero=1, precision="fp32", **train):
+    return make_config(
+        {
+            "name": name,
+            "runs": str(runs),
+            "data": {"shards": str(digits), "flip": False},
+            "model": MODEL,
+            "optim": {"lr": 0.05, "ema": 0.9, "warmup_epochs": 0.02},
+            "train": {"global_batch": 16, "micro_batch": 8, "zero": zero, "precision": precision, "epochs": 1, **train},
+            "checkpoint": {"every_steps": 4, "keep": 10},
+            "tracking": {"log_every": 3, "uri": "off"},
+        }
+    )
+
+
+def train_all(configs):
+    from dist_train import train
+
+    # One core each, as a launcher would pin them: one rank with two threads would sum in another order than two with one.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
+    return [train(config).position.step for config in configs]
+
+
+def state_at(folder, step):
+    """Every tensor of a checkpoint, and its position."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    tensors = {f"{file.stem}:{name}": tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    state = json.loads((path / "state.json").read_text())
+    return tensors, (state["position"]["batch"], state["loss"], state["averages_updates"])
+
+
+def training_lines(folder):
+    """What was logged of training, without what depends on the clock."""
+    entries = [entry for entry in read_metrics(folder / "metrics.jsonl") if "train/loss" in entry["metrics"]]
+    return [(e["step"], e["batch"], {k: v for k, v in e["metrics"].items() if not k.startswith("speed/")}) for e in entries]
+
+
+def assert_same_state(left, right):
+    assert left[1] == right[1]
+    assert left[0].keys() == right[0].keys()
+    different = [name for name in left[0] if not torch.equal(left[0][name], right[0][name])]
+    assert not different
+
+
+CASES = [(zero, precision) for zero in range(4) for precision in ("fp32", "bf16")]
+
+
+def test_resumed_is_uninterrupted_bit_for_bit_at_every_stage_and_precision(ranks, digits, tmp_path):
+    def configs(prefix, steps):
+        return [settings(digits, tmp_path, f"{prefix}-{z}-{p}", z, p, max_steps=steps) for z, p in CASES]
+
+    ranks(train_all, 2, configs("whole", 10))
+    ranks(train_all, 2, configs("cut", 6))
+    for config in configs("cut", 6):  # as if it had been killed after step 6, two steps after its last checkpoint
+        shutil.rmtree(config.folder / "checkpoints" / "step-00000006")
+    ranks(train_all, 2, configs("cut", 10))
+    for zero, precision in CASES:
+        whole, cut = tmp_path / f"whole-{zero}-{precision}", tmp_path / f"cut-{zero}-{precision}"
+        assert_same_state(state_at(whole, 10), state_at(cut, 10))
+        assert training_lines(whole) == training_lines(cut)
+        assert len(training_lines(whole)) == 3
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_resumed_with_another_number_of_ranks_goes_on_the_same_way(ranks, digits, tmp_path, before, after):
+    ranks(train_all, before, [settings(digits, tmp_path, "whole", max_steps=9)])
+    ranks(train_all, before, [settings(digits, tmp_path, "moved", max_steps=3)])
+    ranks(train_all, after, [settings(digits, tmp_path, "moved", max_steps=9)])
+    whole, moved = training_lines(tmp_path / "whole"), training_lines(tmp_path / "moved")
+    # The same images in the same micro batches: only the order in which gradients are added differs.
+    assert [line[:2] for line in whole] == [line[:2] for line in moved] == [(3, 3), (6, 6), (9, 9)]
+    for expected, got in zip(whole, moved):
+        assert got[2] == pytest.approx(expected[2], rel=1e-3)
+
+
+def launch(config, tmp_path, *overrides):
+    from dist_train.config import dump_config
+
+    path = tmp_path / f"{config.name}.yaml"
+    path.write_text(dump_config(config))
+    words = [sys.executable, "-m", "launch.local", "-n", "2", str(path), *overrides]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(folder, step, process):
+    while process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and (lines := training_lines(folder)) and lines[-1][0] >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the run ended before step {step}: {process.stdout.read()}")
+
+
+def processes_of(config):
+    import psutil
+
+    return [p for p in psutil.process_iter(["cmdline"]) if f"{config.name}.yaml" in " ".join(p.info["cmdline"] or [])]
+
+
+def test_killed_and_stopped_runs_end_as_the_uninterrupted_one(digits, tmp_path):
+    length = {"epochs": 2, "global_batch": 32, "micro_batch": 16}
+    whole, killed, stopped = (settings(digits, tmp_path, name, precision="bf16", **length) for name in ("whole", "killed", "stopped"))
+    process = launch(whole, tmp_path)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert "multiply-adds" in output
+
+    process = launch(killed, tmp_path)
+    wait_for_step(killed.folder, 18, process)
+    for rank in processes_of(killed):
+        rank.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert not (killed.folder / "report.json").exists()
+    process = launch(killed, tmp_path)
+    assert "resumed from" in process.communicate(timeout=200)[0]
+
+    process = launch(stopped, tmp_path)
+    wait_for_step(stopped.folder, 12, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "the same command goes on" in output
+    assert not processes_of(stopped), "processes were left behind"
+    process = launch(stopped, tmp_path)
+    process.communicate(timeout=200)
+
+    steps = 2 * (1437 // 32)
+    for other in (killed, stopped):
+        assert_same_state(state_at(whole.folder, steps), state_at(other.folder, steps))
+        assert training_lines(whole.folder) == training_lines(other.folder)
+        report, expected = (json.loads((run.folder / "report.json").read_text()) for run in (other, whole))
+        assert report == expected
+        assert report["images"] == 360
+
+
+def test_the_same_command_after_the_end_changes_nothing(ranks, digits, tmp_path):
+    config = settings(digits, tmp_path, "twice", max_steps=4)
+    ranks(train_all, 1, [config])
+    before = {path: path.read_bytes() for path in (config.folder / "checkpoints").rglob("*") if path.is_file()}
+    assert ranks(train_all, 1, [config]) == [[4]]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_updates_that_are_not_finite_are_refused_and_end_the_run_with_its_checkpoint_whole(digits, tmp_path, command):
+    from dist_train import checkpoint
+    from dist_train.config import dump_config
+
+    config = settings(digits, tmp_path, "diverged", max_steps=40)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert command("dist_train", "train", path, "--train.max_steps", 4).returncode == 0
+    result = command("dist_train", "train", path, "--optim.lr", "1e30", "--faults.max_nonfinite", 3)
+    assert result.returncode == 2
+    assert result.stdout.count("the loss of rank 0 is not finite") == 3
+    assert "3 updates in a row had a gradient that is not finite" in result.stderr
+    weights = load_file(checkpoint.newest(config.folder / "checkpoints") / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_mlflow_has_what_the_metrics_file_has_in_one_run_across_a_resume(ranks, digits, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    def tracked(steps):
+        config = settings(digits, tmp_path, "tracked", max_steps=steps)
+        return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": None})})
+
+    ranks(train_all, 1, [tracked(4)])
+    ranks(train_all, 1, [tracked(8)])
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("dist_train").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    assert runs[0].data.params["loss.teachers"] == "last"
+    expected = {}
+    for entry in read_metrics(tmp_path / "tracked" / "metrics.jsonl"):
+        for name, value in entry["metrics"].items():
+            expected.setdefault(name, set()).add((entry["step"], entry["t"], value))
+    assert len(expected) > 15
+    for name, points in expected.items():
+        history = {(m.step, m.timestamp, m.value) for m in client.get_metric_history(runs[0].info.run_id, name)}
+        assert history == points, name
+    artifacts = {artifact.path for artifact in client.list_artifacts(runs[0].info.run_id)}
+    assert {"config.yaml", "report.json"} <= artifacts
+
+
+def test_an_unreachable_tracking_server_is_said_once_and_costs_nothing_else(digits, tmp_path, command):
+    from dist_train.config import dump_config
+
+    config = settings(digits, tmp_path, "alone", max_steps=4)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    result = command("dist_train", "train", path, "--tracking.uri", "http://127.0.0.1:9")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("MLflow at http://127.0.0.1:9 cannot be used") == 1
+    assert (config.folder / "report.json").exists()

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import sources
+from shards.__main__ import main
+from shards.index import Index
+from shards.make import ShardSize, make
+
+COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "owl": (30, 30, 200)}
+
+
+def draw(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (20, 16)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(abs(hash(path.name)) % 2**32).integers(0, 50, (size[1], size[0], 3))
+    Image.fromarray((noise + np.array(colour)).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Three classes of 8, 9 and 10 images as JPEG and PNG, some in deeper folders."""
+    folder = tmp_path / "source"
+    for extra, (name, colour) in enumerate(COLOURS.items()):
+        for number in range(8 + extra):
+            place = folder / name / "deeper" if number == 3 else folder / name
+            draw(place / f"{name} {number}.v1.{'png' if number % 2 else 'jpeg'}", colour)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_digits_are_split_by_class_and_smooth(tmp_path: Path) -> None:
+    assert main(["make", "digits", str(tmp_path / "out")]) == 0
+    train, val = Index.load(tmp_path / "out" / "train"), Index.load(tmp_path / "out" / "val")
+    assert (len(train), len(val)) == (1437, 360)
+    assert np.bincount(val.label).tolist() == [36] * 10
+    names = [key.decode().split("-", 1)[1] for index in (train, val) for key in index.key]
+    assert sorted(names) == [f"digit-{number:04d}" for number in range(1797)]
+    for index, folder in ((train, "train"), (val, "val")):
+        content = (tmp_path / "out" / folder / "shard-000000.tar").read_bytes()
+        image = Image.open(io.BytesIO(content[index.offset[0] : index.offset[0] + index.size[0]]))
+        assert (image.mode, image.size, image.format) == ("RGB", (32, 32), "PNG")
+        from sklearn.datasets import load_digits
+
+        number = int(index.key[0].decode()[-4:])
+        assert load_digits().target[number] == index.label[0]
+        small = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float) * 16 / 255
+        assert np.abs(small - load_digits().images[number]).mean() < 1
+
+
+def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    for name, workers in (("one", "1"), ("again", "1"), ("two", "2")):
+        assert (
+            main(["make", "folder", str(source), str(tmp_path / name), "--shard-size", "7", "--workers", workers]) == 0
+        )
+    first = tree(tmp_path / "one")
+    assert sum(name.endswith(".tar") for name in first) == 4
+    assert first == tree(tmp_path / "again") == tree(tmp_path / "two")
+    assert os.stat(tmp_path / "one" / "train").st_mode & 0o777 == 0o777 & ~current_umask()
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_folder_keeps_bytes_and_shuffles_classes(source: Path, tmp_path: Path) -> None:
+    assert main(["make", "folder", str(source), str(tmp_path / "out")]) == 0
+    index = Index.load(tmp_path / "out" / "train")
+    assert index.classes == ("cat", "dog", "owl")
+    assert np.bincount(index.label).tolist() == [8, 9, 10]
+    content = (tmp_path / "out" / "train" / "shard-000000.tar").read_bytes()
+    stored = sorted((int(label), content[o : o + s]) for label, o, s in zip(index.label, index.offset, index.size))
+    files = sorted((index.classes.index(p.relative_to(source).parts[0]), p.read_bytes()) for p in source.rglob("*.*g"))
+    assert stored == files
+    assert {(int(w), int(h)) for w, h in zip(index.width, index.height)} == {(20, 16)}
+    assert set(index.ext.tolist()) == {b"jpg", b"png"}
+    assert np.mean(index.label[1:] == index.label[:-1]) < 0.6
+    assert all(b"." not in key and b" " not in key for key in index.key)
+
+
+def test_splits_share_the_classes(source: Path, tmp_path: Path) -> None:
+    for split, names in (("train", ("cat", "owl")), ("val", ("owl", "dog")), ("test", ("cat",))):
+        for name in names:
+            (tmp_path / "in" / split).mkdir(parents=True, exist_ok=True)
+            os.symlink(source / name, tmp_path / "in" / split / name)
+    assert main(["make", "folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    indices = {split: Index.load(tmp_path / "out" / split) for split in ("train", "val", "test")}
+    assert {index.classes for index in indices.values()} == {("cat", "dog", "owl")}
+    assert [np.bincount(index.label, minlength=3).tolist() for index in indices.values()] == [
+        [8, 0, 10],
+        [0, 9, 10],
+        [8, 0, 0],
+    ]
+
+
+def test_val_per_class_holds_out_the_same_images_always(source: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert main(["make", "folder", str(source), str(tmp_path / name), "--val-per-class", "3"]) == 0
+    train, val = Index.load(tmp_path / "a" / "train"), Index.load(tmp_path / "a" / "val")
+    assert np.bincount(val.label).tolist() == [3, 3, 3]
+    assert np.bincount(train.label).tolist() == [5, 6, 7]
+    stems = [key.split(b"-", 1)[1] for index in (train, val) for key in index.key]
+    assert len(set(stems)) == 27
+    assert Index.load(tmp_path / "b" / "val").fingerprint == val.fingerprint
+
+
+def test_unreadable_files_are_skipped_and_named(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (source / "cat" / "cat 0.v1.jpeg").read_bytes()
+    (source / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (source / "cat" / "notes.txt").write_text("no image")
+    (source / "dog" / "empty.png").touch()
+    (source / "dog" / "gone.jpg").symlink_to(source / "nowhere")
+    (source / "dog" / "cutoff.png").write_bytes((source / "dog" / "dog 1.v1.png").read_bytes()[:-40])
+    (source / "owl" / ".hidden.jpg").write_bytes(b"x")
+    (source / ".cache").mkdir()
+    assert main(["make", "folder", str(source), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert len(Index.load(tmp_path / "out" / "train")) == 27
+    manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())
+    assert manifest["skipped"] == [
+        ["cat/cut.jpg", "the file is truncated"],
+        ["cat/notes.txt", "not an image"],
+        ["dog/cutoff.png", "the file is truncated"],
+        ["dog/empty.png", "the file is empty"],
+        ["dog/gone.jpg", "No such file or directory"],
+    ]
+    assert manifest["per_class"] == {"cat": 8, "dog": 9, "owl": 10}
+    assert "5 skipped, see manifest.json (cat/cut.jpg: the file is truncated; ...)" in capsys.readouterr().out
+
+
+def test_formats_that_dali_cannot_decode_become_png(tmp_path: Path) -> None:
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 14, 3)).astype(np.uint8))
+    for ending in ("gif", "tiff", "bmp", "webp"):
+        (tmp_path / "in" / ending).mkdir(parents=True)
+        pixels.save(tmp_path / "in" / ending / f"x.{ending}", lossless=True)
+    assert main(["make", "folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    index = Index.load(tmp_path / "out" / "train")
+    assert dict(zip(index.label.tolist(), index.ext.tolist())) == {0: b"bmp", 1: b"png", 2: b"png", 3: b"webp"}
+    content = (tmp_path / "out" / "train" / "shard-000000.tar").read_bytes()
+    tiff = index.label.tolist().index(2)
+    stored = Image.open(io.BytesIO(content[index.offset[tiff] : index.offset[tiff] + index.size[tiff]]))
+    assert np.array_equal(np.asarray(stored), np.asarray(pixels))
+    manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())
+    assert manifest["converted"] == [["gif/x.gif", "GIF"], ["tiff/x.tiff", "TIFF"]]
+
+
+def test_shards_end_where_they_are_full(source: Path, tmp_path: Path) -> None:
+    # 4,500,000 bytes of uncompressed images in shards of 1 MB.
+    for number in range(9):
+        draw(tmp_path / "in" / "one" / f"{number}.bmp", (9, 9, 9), size=(500, 333))
+    make(sources.folder(tmp_path / "in"), tmp_path / "out", ShardSize.parse("1MB"))
+    index = Index.load(tmp_path / "out" / "train")
+    assert index.shard_sizes.tolist() == [2, 2, 2, 2, 1]
+    make(sources.folder(source), tmp_path / "samples", ShardSize.parse("10"))
+    assert Index.load(tmp_path / "samples" / "train").shard_sizes.tolist() == [10, 10, 7]
+
+
+BAD = {
+    "source missing": (["{in}/none", "{out}"], "no such folder"),
+    "no images": (["{tmp}/empty", "{out}"], "has no class folders"),
+    "only files": (["{in}/cat", "{out}"], "deeper|no readable"),
+    "empty class": (["{tmp}/hollow", "{out}"], "hollow/dog: is empty"),
+    "class of texts": (["{tmp}/texts", "{out}"], "class 'dog' has no readable image .*a.txt: not an image"),
+    "mixed": (["{tmp}/mixed", "{out}"], "holds train and also 'cat'"),
+    "class too small": (["{in}", "{out}", "--val-per-class", "8"], "class 'cat' has 8 images; use at most 7"),
+    "val twice": (["{tmp}/split", "{out}", "--val-per-class", "1"], "has a val split"),
+    "out is a file": (["{in}", "{tmp}/file/x"], "cannot be written"),
+    "out is there": (["{in}", "{tmp}/done"], "done/train: is there already"),
+    "no number": (["{in}", "{out}", "--val-per-class", "0"], "0 is not a number above 0"),
+    "no size": (["{in}", "{out}", "--shard-size", "5GB"], "neither a number of samples"),
+    "no such option": (["{in}", "{out}", "--colour"], "unrecognized arguments: --colour"),
+    "no out": (["{in}"], "required: OUT"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    case: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "done" / "train").mkdir(parents=True)
+    for name in ("hollow", "texts", "mixed"):
+        draw(tmp_path / name / ("train/cat" if name == "mixed" else "cat") / "1.png", (1, 2, 3))
+    (tmp_path / "hollow" / "dog").mkdir()
+    (tmp_path / "texts" / "dog").mkdir()
+    (tmp_path / "texts" / "dog" / "a.txt").write_text("text")
+    (tmp_path / "mixed" / "cat").mkdir()
+    for split in ("train", "val"):
+        draw(tmp_path / "split" / split / "cat" / "1.png", (1, 2, 3))
+    arguments, message = BAD[case]
+    before = sorted(tmp_path.rglob("*"))
+    names = {"in": source, "out": tmp_path / "out", "tmp": tmp_path}
+    try:
+        code = main(["make", "folder", *(argument.format(**names) for argument in arguments)])
+    except SystemExit as stopped:
+        code = stopped.code  # type: ignore[assignment]
+    printed = capsys.readouterr()
+    if case == "only files":  # its one folder is taken for a class
+        assert code == 0
+        return
+    assert code == 2
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    pytest.importorskip("re")
+    import re
+
+    assert re.search(message, printed.err)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "-m", "shards", "make", "folder", str(source), str(tmp_path / "out"), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files_only, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot be written (File too large)" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_finds_what_was_changed(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["make", "folder", str(source), str(out), "--shard-size", "9"]) == 0
+    assert main(["check", str(out)]) == 0
+    assert main(["check", str(out / "train")]) == 0
+    with open(out / "train" / "shard-000001.tar", "r+b") as file:
+        file.seek(700)
+        file.write(b"?")
+    capsys.readouterr()
+    assert main(["check", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert "shard-000001.tar: has SHA-256" in printed.err
+    assert printed.out == f"{out / 'train'}: 1 faults\n"
+    assert main(["check", str(tmp_path / "source")]) == 2
+    assert "holds no shards" in capsys.readouterr().err
