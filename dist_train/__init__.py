@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_train.checkpoint import load_model
-    from dist_train.config import load_config
+    from dist_train.config_file import load_config
     from dist_train.evaluation import evaluate
     from dist_train.loss import ExitDistillation
     from dist_train.models.msdnet import MSDNet
@@ -22,7 +22,7 @@ _HOMES = {
     "ExitDistillation": "dist_train.loss",
     "MSDNet": "dist_train.models.msdnet",
     "evaluate": "dist_train.evaluation",
-    "load_config": "dist_train.config",
+    "load_config": "dist_train.config_file",
     "load_model": "dist_train.checkpoint",
     "plan": "dist_train.planner",
     "train": "dist_train.trainer",

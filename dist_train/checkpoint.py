@@ -16,7 +16,6 @@ A checkpoint is written beside its name, flushed, and renamed; only then do the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -32,8 +31,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dist_train.config import Config, changed_fields, dump_config, load_config
+from dist_train.config import Config
+from dist_train.config_file import changed_fields, dump_config, load_config
 from dist_train.errors import CheckpointError
+from shards.index import file_sha256
 
 FORMAT = 1
 # Fields that make another run of it, or another order of samples: a checkpoint does not continue under them.
@@ -98,7 +99,9 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
             save_file({key: value.contiguous() for key, value in content.items()}, draft / f"{name}.safetensors")
         (draft / "state.json").write_text(json.dumps(asdict(snapshot.state), indent=1))
         (draft / "config.yaml").write_text(dump_config(snapshot.config))
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(draft.iterdir())}
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(draft.iterdir())
+        }
         (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
         for path in draft.iterdir():
             _flush(path)
@@ -150,12 +153,14 @@ def verify(path: Path) -> None:
     """
     manifest = _json(path / "manifest.json")
     if manifest.get("format", 0) > FORMAT:
-        raise CheckpointError(f"{path}: has format {manifest['format']}, this version reads up to {FORMAT}; update dist_train")
+        raise CheckpointError(
+            f"{path}: has format {manifest['format']}, this version reads up to {FORMAT}; update dist_train"
+        )
     for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path}: {name} is missing")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != expected["bytes"] or file_sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{path}: {name} is damaged (size or sha256 differs from manifest.json)")
 
 
@@ -250,9 +255,9 @@ def random_state() -> dict[str, torch.Tensor]:
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    kind, keys, position, *_ = np.random.get_state(legacy=True)  # noqa: NPY002 - user code may use the legacy generator
-    assert kind == "MT19937"
-    state["numpy"] = torch.from_numpy(np.append(np.asarray(keys), position).astype(np.int64))
+    # The legacy generator is the one that user code draws from without asking for one.
+    numbers = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    state["numpy"] = torch.from_numpy(np.append(numbers["key"], numbers["pos"]).astype(np.int64))
     state["python"] = torch.tensor(random.getstate()[1], dtype=torch.int64)
     return state
 
@@ -263,7 +268,8 @@ def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     numbers = state["numpy"].numpy()
-    np.random.set_state(("MT19937", numbers[:-1].astype(np.uint32), int(numbers[-1])))  # noqa: NPY002
+    key, position = numbers[:-1].astype(np.uint32), int(numbers[-1])
+    np.random.set_state({"bit_generator": "MT19937", "state": {"key": key, "pos": position}})  # noqa: NPY002
     random.setstate((3, tuple(state["python"].tolist()), None))
 
 
@@ -276,16 +282,6 @@ def _json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent}: {path.name} is damaged (not JSON)") from None
     assert isinstance(content, dict)
     return content
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

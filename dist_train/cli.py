@@ -62,7 +62,7 @@ def _plan(arguments: list[str]) -> int:
     parser = _parser("plan", "Say what a run would do, without training.", fields=True)
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes (GPUs) to plan for")
     known, overrides = parser.parse_known_args(arguments)
-    from dist_train.config import load_config
+    from dist_train.config_file import load_config
     from dist_train.errors import ConfigError
     from dist_train.planner import plan
 
@@ -76,7 +76,7 @@ def _plan(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     parser = _parser("train", "Train, or go on with the run of the same name.", fields=True)
     known, overrides = parser.parse_known_args(arguments)
-    from dist_train.config import load_config
+    from dist_train.config_file import load_config
 
     config = load_config(known.config, *overrides)
     from dist_train.trainer import train
@@ -86,7 +86,9 @@ def _train(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("dist-train eval", description="Evaluate every exit on every image of a split, once.")
+    parser = argparse.ArgumentParser(
+        "dist-train eval", description="Evaluate every exit on every image of a split, once."
+    )
     parser.add_argument("run", help="run folder (its best checkpoint), or one of its checkpoints")
     parser.add_argument("--split", help="split of the shards (default: the run's data.val)")
     parser.add_argument("--shards", help="folder of the shards (default: the run's)")
@@ -112,7 +114,9 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("dist-train doctor", description="Say what is installed and what this machine can do.")
+    parser = argparse.ArgumentParser(
+        "dist-train doctor", description="Say what is installed and what this machine can do."
+    )
     parser.parse_args(arguments)
     from dist_train.doctor import examine
 
@@ -138,7 +142,7 @@ def _parser(verb: str, description: str, fields: bool) -> argparse.ArgumentParse
 
 
 def _field_help() -> str:
-    from dist_train.config import describe_fields
+    from dist_train.config_file import describe_fields
 
     lines = []
     for key, default, text in describe_fields():

@@ -22,12 +22,15 @@ def examine() -> tuple[list[str], bool]:
     lines.append(f"{'memory':<20} {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB")
     for number in range(count):
         properties = torch.cuda.get_device_properties(number)
-        bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: use train.precision fp16"
+        bf16 = (
+            "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: use train.precision fp16"
+        )
         lines.append(f"{f'GPU {number}':<20} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16}")
     if count == 0:
         lines.append(f"{'GPU':<20} none{_why_no_gpu()}; training runs on the CPU")
     if count > 1:
-        lines.append(f"{'NCCL':<20} {'.'.join(map(str, torch.cuda.nccl.version()))}")
+        nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        lines.append(f"{'NCCL':<20} {'.'.join(map(str, nccl))}")
     lines.append(f"{'SLURM':<20} {shutil.which('sbatch') or 'no sbatch; use launch.local or launch.nodes'}")
     lines += [f"PROBLEM: {problem}" for problem in problems] or ["A run can start here."]
     return lines, not problems

@@ -37,14 +37,23 @@ class Environment:
     @property
     def tags(self) -> dict[str, str]:
         """As tags of an MLflow run: what may change from one start of a run to the next."""
-        tags = {"command": " ".join(self.command), "host": self.host, "processes": str(self.processes), "device": self.device}
+        tags = {
+            "command": " ".join(self.command),
+            "host": self.host,
+            "processes": str(self.processes),
+            "device": self.device,
+        }
         optional = {"commit": self.commit, "slurm_job": self.job}
         return tags | {key: value for key, value in optional.items() if value}
 
 
 def describe_environment(ranks: Ranks) -> Environment:
     """The environment of this process."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    )
     return Environment(
         command=["dist-train", *sys.argv[1:]],
         versions={"python": platform.python_version()} | installed_versions(),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -63,7 +63,9 @@ class Evaluation:
 class Evaluator:
     """Runs a plain copy of the network, so that evaluation knows nothing of ZeRO and leaves training untouched."""
 
-    def __init__(self, model: nn.Module, loader: Loader, group: Group, criterion: ExitDistillation, precision: str) -> None:
+    def __init__(
+        self, model: nn.Module, loader: Loader, group: Group, criterion: ExitDistillation, precision: str
+    ) -> None:
         self.model = model.to(group.device).eval()
         self.loader = loader
         self.group = group
@@ -113,7 +115,9 @@ def evaluate(path: str | Path, split: str | None = None, shards: str | Path | No
     split = split or data.val
     index = open_split(data, split)
     if list(index.classes) != state.classes:
-        raise DataError(f"{data.shards}/{split}: its classes are not those of {path}; evaluate on shards of the same classes")
+        raise DataError(
+            f"{data.shards}/{split}: its classes are not those of {path}; evaluate on shards of the same classes"
+        )
     ranks = Ranks.from_env()
     model = checkpoint.load_model(path)
     group = Group(ranks, config.faults.timeout_minutes)
@@ -123,7 +127,7 @@ def evaluate(path: str | Path, split: str | None = None, shards: str | Path | No
         threads=data.threads or ranks.threads,
     )  # fmt: skip
     try:
-        criterion = ExitDistillation.from_config(config.loss, model.num_exits).to(group.device)
+        criterion = ExitDistillation.from_config(config.loss, cast(int, model.num_exits)).to(group.device)
         return Evaluator(model, loader, group, criterion, config.train.precision).run()
     finally:
         loader.close()
@@ -133,7 +137,9 @@ def table(evaluation: Evaluation, costs: Sequence[ExitCost]) -> str:
     """A text table with one line per exit: multiply-adds, top-1, top-5."""
     lines = [f"{'exit':>4}  {'multiply-adds':>13}  {'top-1 %':>7}  {'top-5 %':>7}"]
     for number, (result, cost) in enumerate(zip(evaluation.exits, costs), start=1):
-        lines.append(f"{number:>4}  {f'{cost.macs / 1e6:.2f} M':>13}  {100 * result.top1:>7.2f}  {100 * result.top5:>7.2f}")
+        lines.append(
+            f"{number:>4}  {f'{cost.macs / 1e6:.2f} M':>13}  {100 * result.top1:>7.2f}  {100 * result.top5:>7.2f}"
+        )
     return "\n".join([*lines, f"{evaluation.images} images, each once" + _unreadable(evaluation)])
 
 

@@ -178,16 +178,25 @@ class ExitDistillation(nn.Module):
         return self.initial_temperature * (factors[0] + (ramps * factors.diff()).sum())
 
     def _check(
-        self, logits: Sequence[Tensor], first: Tensor, second: Tensor | None, share: Tensor | None, weights: Tensor | None
+        self,
+        logits: Sequence[Tensor],
+        first: Tensor,
+        second: Tensor | None,
+        share: Tensor | None,
+        weights: Tensor | None,
     ) -> None:
         if len(logits) != self.num_exits:
             raise DataError(f"logits has {len(logits)} exits; this loss was made for {self.num_exits}")
         z = logits[0]
         if z.dim() != 2 or not z.shape[1] or z.dtype not in DTYPES:
-            raise DataError(f"logits[0] is {_describe(z)}; allowed is [N, K] with K of at least 1 in {', '.join(map(_short, DTYPES))}")
+            raise DataError(
+                f"logits[0] is {_describe(z)}; allowed is [N, K] with K of at least 1 in {', '.join(map(_short, DTYPES))}"
+            )
         for number, other in enumerate(logits):
             if (other.shape, other.dtype, other.device) != (z.shape, z.dtype, z.device):
-                raise DataError(f"logits[{number}] is {_describe(other)}, logits[0] {_describe(z)}; all exits must agree")
+                raise DataError(
+                    f"logits[{number}] is {_describe(other)}, logits[0] {_describe(z)}; all exits must agree"
+                )
         samples, classes = z.shape
         soft = first.is_floating_point() and second is None
         expected = (samples, classes) if soft else (samples,)
@@ -202,7 +211,9 @@ class ExitDistillation(nn.Module):
             right = tensor.dtype == torch.int64 if integer else tensor.is_floating_point()
             if tuple(tensor.shape) != shape or not right or tensor.device != z.device:
                 kind = "int64" if integer else "a floating-point dtype"
-                raise DataError(f"{name} is {_describe(tensor)}; for these logits it must be {list(shape)} in {kind} on {z.device}")
+                raise DataError(
+                    f"{name} is {_describe(tensor)}; for these logits it must be {list(shape)} in {kind} on {z.device}"
+                )
 
 
 def teacher_matrix(teachers: str | Sequence[Sequence[float]], num_exits: int, label_loss: Tensor) -> Tensor:
@@ -277,7 +288,9 @@ def _labeled(given: float | Tensor | None, first: Tensor, second: Tensor | None)
 
 def _per_exit(name: str, value: float | Sequence[float], num_exits: int) -> Tensor:
     if isinstance(value, Sequence) and len(value) != num_exits:
-        raise ConfigError(f"loss.{name} has {len(value)} numbers, but the network has {num_exits} exits; give one number or {num_exits}")
+        raise ConfigError(
+            f"loss.{name} has {len(value)} numbers, but the network has {num_exits} exits; give one number or {num_exits}"
+        )
     return torch.tensor(value, dtype=torch.float32).expand(num_exits).clone()
 
 

@@ -22,6 +22,8 @@ class Meter:
     def __init__(self, num_exits: int, group: Group) -> None:
         self.num_exits = num_exits
         self.group = group
+        self._sums: torch.Tensor | None = None
+        self._loss: torch.Tensor | None = None
         self._reset()
 
     def add(self, stats: torch.Tensor, loss: torch.Tensor, images: int, waited: float) -> None:
@@ -65,8 +67,7 @@ class Meter:
             self._images, self._passes = int(state[-2]), int(state[-1])
 
     def _reset(self) -> None:
-        self._sums: torch.Tensor | None = None
-        self._loss: torch.Tensor | None = None
+        self._sums = self._loss = None
         self._images = self._passes = 0
         self._waited = 0.0
         self._since = time.perf_counter()

@@ -59,8 +59,15 @@ class Plan:
 
     def learning_rates(self) -> list[tuple[int, float]]:
         """(step, learning rate) at a few steps over the run."""
-        steps = sorted({min(self.total_steps - 1, round(share * self.total_steps)) for share in (0, 0.01, 0.05, 0.25, 0.5, 0.75, 1)})
-        return [(step, learning_rate(self.config.optim, step, self.steps_per_epoch, self.total_steps)) for step in steps]
+        steps = sorted(
+            {
+                min(self.total_steps - 1, round(share * self.total_steps))
+                for share in (0, 0.01, 0.05, 0.25, 0.5, 0.75, 1)
+            }
+        )
+        return [
+            (step, learning_rate(self.config.optim, step, self.steps_per_epoch, self.total_steps)) for step in steps
+        ]
 
     def __str__(self) -> str:
         if self.problems:
@@ -79,13 +86,17 @@ class Plan:
             lines.append(f"{number:>8}  {f'{cost.macs / 1e6:.2f} M':>14}  {f'{cost.params / 1e6:.3f} M':>11}")
         unit, name = (GIB, "GiB") if max(m.total for m in self.memory.values()) > GIB else (2**20, "MiB")
         lines.append(f"memory    per process in {name}, at {train.precision} and micro batch {train.micro_batch}:")
-        lines.append(f"{'ZeRO':>8}  {'weights':>8}  {'gradients':>9}  {'optimizer':>9}  {'activations':>11}  {'total':>7}")
+        lines.append(
+            f"{'ZeRO':>8}  {'weights':>8}  {'gradients':>9}  {'optimizer':>9}  {'activations':>11}  {'total':>7}"
+        )
         for stage, m in self.memory.items():
             mark = "  <- configured" if stage == train.zero else ""
             parts = (m.weights, m.gradients, m.optimizer, m.activations, m.total)
             widths = (8, 9, 9, 11, 7)
             lines.append(f"{stage:>8}  " + "  ".join(f"{part / unit:>{w}.2f}" for part, w in zip(parts, widths)) + mark)
-        lines.append(f"checkpoint {self.checkpoint_bytes / 2**20:.1f} MiB each, {self.config.checkpoint.keep} kept and the best one")
+        lines.append(
+            f"checkpoint {self.checkpoint_bytes / 2**20:.1f} MiB each, {self.config.checkpoint.keep} kept and the best one"
+        )
         return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dist_train.checkpoint import check_continues, read_state
+from dist_train.checkpoint import check_continues
 from dist_train.config import Config, DataConfig, accumulation
 from dist_train.data.order import steps_per_epoch
 from dist_train.dist import Ranks
@@ -47,7 +47,9 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
     passes = accumulation(config.train, ranks.world_size)
     train, val = open_split(config.data, config.data.train), open_split(config.data, config.data.val)
     if train.classes != val.classes:
-        raise DataError(f"{config.data.shards}: {config.data.train} and {config.data.val} have different classes; make them together")
+        raise DataError(
+            f"{config.data.shards}: {config.data.train} and {config.data.val} have different classes; make them together"
+        )
     steps = steps_per_epoch(len(train), config.train.global_batch, config.data.last_batch)
     if steps == 0:
         raise ConfigError(

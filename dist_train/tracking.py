@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_train.config import Config, flat_fields
+from dist_train.config import Config
+from dist_train.config_file import flat_fields
 from dist_train.metrics import parse_line
 
 log = logging.getLogger("dist_train")
@@ -181,7 +182,9 @@ class Tracker:
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
-            log.warning("MLflow at %s cannot be used (%s); metrics.jsonl has everything, and the run goes on", self.uri, reason)
+            log.warning(
+                "MLflow at %s cannot be used (%s); metrics.jsonl has everything, and the run goes on", self.uri, reason
+            )
         self._warned = True
 
 

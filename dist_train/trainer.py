@@ -7,12 +7,14 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from dist_train import checkpoint
 from dist_train.checkpoint import Position, Snapshot, State
-from dist_train.config import Config, accumulation, dump_config
+from dist_train.config import Config, accumulation
+from dist_train.config_file import dump_config
 from dist_train.data.pipeline import GlobalBatch, Loader
 from dist_train.dist import Group, Ranks
 from dist_train.engine import Engine, Update
@@ -83,14 +85,19 @@ class Trainer:
         self.costs = exit_costs(ready.model, config.data.image_size)
         self.position = Position()
         self.evaluation: Evaluation | None = None
+        self._said: set[str] = set()
 
         path = self.group.broadcast(checkpoint.newest(config.folder / "checkpoints") if self.rank == 0 else None)
         snapshot = checkpoint.read(path) if path else None
         if snapshot:
             ready.model.load_state_dict(snapshot.model)
-        self.criterion = ExitDistillation.from_config(config.loss, ready.model.num_exits).to(group.device)
+        self.criterion = ExitDistillation.from_config(config.loss, cast(int, ready.model.num_exits)).to(group.device)
         self.evaluator = Evaluator(
-            copy.deepcopy(ready.model), self._loader(ready, training=False), group, self.criterion, config.train.precision
+            copy.deepcopy(ready.model),
+            self._loader(ready, training=False),
+            group,
+            self.criterion,
+            config.train.precision,
         )
         self.engine = Engine(ready.model, config, group)
         self.meter = Meter(self.criterion.num_exits, group)
@@ -102,11 +109,11 @@ class Trainer:
         self.metrics = MetricsFile(config.folder / "metrics.jsonl")
         self.tracker: Tracker | None = None
         if self.rank == 0:
+            self.environment = describe_environment(group.ranks)
             self._open_folder()
-            self.tracker = Tracker(config, describe_environment(group.ranks).tags)
+            self.tracker = Tracker(config, self.environment.tags)
         self._last_save = time.monotonic()
         self._saved_batch = self.position.batch if snapshot else -1
-        self._said: set[str] = set()
         self._announce(ready, path)
 
     def run(self) -> Run:
@@ -248,7 +255,9 @@ class Trainer:
                 checkpoint.point(folder, "best", path)
             checkpoint.prune(folder, self.config.checkpoint.keep)
         except OSError as error:
-            self._say_once(f"{folder}: a checkpoint could not be written ({error}); the last whole one stays, training goes on")
+            self._say_once(
+                f"{folder}: a checkpoint could not be written ({error}); the last whole one stays, training goes on"
+            )
 
     def _rank_tensors(self) -> dict[str, torch.Tensor]:
         random = {f"random/{name}": tensor for name, tensor in checkpoint.random_state().items()}
@@ -327,9 +336,13 @@ class Trainer:
 
     def _open_folder(self) -> None:
         folder = self.config.folder
-        self.metrics.rewind(self.position.batch)
-        (folder / "config.yaml").write_text(dump_config(self.config))
-        (folder / "env.json").write_text(describe_environment(self.group.ranks).json())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.metrics.rewind(self.position.batch)
+            (folder / "config.yaml").write_text(dump_config(self.config))
+            (folder / "env.json").write_text(self.environment.json())
+        except OSError as error:
+            self._say_once(f"{folder}: cannot be written ({error.strerror}); training goes on")
 
     def _announce(self, ready: Preflight, resumed: Path | None) -> None:
         if self.rank:
@@ -341,7 +354,12 @@ class Trainer:
             ranks.world_size, self.passes, train.micro_batch, train.precision, train.zero, self.group.device.type,
         )  # fmt: skip
         if resumed:
-            log.info("resumed from %s: step %d, epoch %.2f", resumed, self.position.step, self.position.batch / self.steps_per_epoch)
+            log.info(
+                "resumed from %s: step %d, epoch %.2f",
+                resumed,
+                self.position.step,
+                self.position.batch / self.steps_per_epoch,
+            )
             for change in ready.changes:
                 log.info("changed since then: %s", change)
 
@@ -354,7 +372,11 @@ class Trainer:
             name = self.requests.received.name
             log.info("stopped by %s at step %d, saved; the same command goes on", name, self.position.step)
         elif self.evaluation is None:
-            log.info("%s was complete at step %d already; more train.epochs, or another --name?", run.folder, self.position.step)
+            log.info(
+                "%s was complete at step %d already; more train.epochs, or another --name?",
+                run.folder,
+                self.position.step,
+            )
         else:
             self._report(self.evaluation)
         return run

@@ -78,7 +78,7 @@ def _processes(wanted: int | None) -> int:
 
 
 def _check(path: str, overrides: list[str], processes: int) -> None:
-    from dist_train.config import load_config
+    from dist_train.config_file import load_config
     from dist_train.dist import Ranks
     from dist_train.preflight import preflight
 

@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     folder.add_argument(
         "--val-per-class", type=_positive, metavar="N", help="make a val split of N images per class of train"
     )
+    folder.add_argument(
+        "--per-class", type=_positive, metavar="N", help="take only N images of every class of train, val's included"
+    )
     digits.set_defaults(run=lambda options: _make(sources.digits(), options))
     folder.set_defaults(run=_make_folder)
     checking = verbs.add_parser(
@@ -68,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _make_folder(options: argparse.Namespace) -> int:
     source = sources.folder(options.source)
+    if options.per_class:
+        source = source.few(options.per_class)
     return _make(source.hold_out(options.val_per_class) if options.val_per_class else source, options)
 
 

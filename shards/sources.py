@@ -45,9 +45,7 @@ class Source:
             raise DataError("--val-per-class is given, but the source has a val split; leave one of them out")
         if "train" not in self.splits:
             raise DataError("--val-per-class is given, but the source has no train split to take from")
-        by_class: list[list[Item]] = [[] for _ in self.classes]
-        for item in shuffled(self.splits["train"], "hold out"):
-            by_class[item.label].append(item)
+        by_class = self._train_by_class("hold out")
         for name, items in zip(self.classes, by_class):
             if len(items) <= per_class:
                 raise DataError(
@@ -57,6 +55,30 @@ class Source:
         held = [item for items in by_class for item in items[:per_class]]
         kept = [item for items in by_class for item in items[per_class:]]
         return replace(self, splits={**self.splits, "train": kept, "val": held})
+
+    def few(self, per_class: int) -> Source:
+        """Keep ``per_class`` images of every class of train; which ones depends on their names alone.
+
+        Raises:
+            DataError: there is no train split, or a class is too small.
+        """
+        if "train" not in self.splits:
+            raise DataError("--per-class is given, but the source has no train split to take from")
+        by_class = self._train_by_class("few")
+        for name, items in zip(self.classes, by_class):
+            if len(items) < per_class:
+                raise DataError(
+                    f"--per-class is {per_class}, but class '{name}' has {len(items)} images; use at most that"
+                )
+        return replace(
+            self, splits={**self.splits, "train": [item for items in by_class for item in items[:per_class]]}
+        )
+
+    def _train_by_class(self, salt: str) -> list[list[Item]]:
+        by_class: list[list[Item]] = [[] for _ in self.classes]
+        for item in shuffled(self.splits["train"], salt):
+            by_class[item.label].append(item)
+        return by_class
 
 
 def shuffled(items: Iterable[Item], salt: str) -> list[Item]:

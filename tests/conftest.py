@@ -42,8 +42,21 @@ def ranks(tmp_path):
         source = function.__code__.co_filename
         processes = [
             subprocess.Popen(
-                [sys.executable, ROOT / "tests" / "rank.py", source, function.__name__, folder / "arguments", folder / f"result{rank}"],
-                env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+                [
+                    sys.executable,
+                    ROOT / "tests" / "rank.py",
+                    source,
+                    function.__name__,
+                    folder / "arguments",
+                    folder / f"result{rank}",
+                ],
+                env=os.environ
+                | environment
+                | {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -77,5 +90,7 @@ def command():
 def digits(tmp_path_factory) -> Path:
     """Shards of scikit-learn's handwritten digits."""
     folder = tmp_path_factory.mktemp("shards") / "digits"
-    subprocess.run([sys.executable, "-m", "shards", "make", "digits", folder], check=True, cwd=ROOT, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "shards", "make", "digits", folder], check=True, cwd=ROOT, capture_output=True
+    )
     return folder

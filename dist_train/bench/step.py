@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +32,9 @@ def run(arguments: list[str]) -> int:
     for processes in known.processes:
         with tempfile.TemporaryDirectory() as folder:
             shards = Path(folder) / "digits"
-            subprocess.run([sys.executable, "-m", "shards", "make", "digits", shards], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-m", "shards", "make", "digits", shards], check=True, stdout=subprocess.DEVNULL
+            )
             from launch.local import start
 
             code = start(
@@ -46,13 +48,15 @@ def run(arguments: list[str]) -> int:
     for result in results:
         print(_text(result))
     if known.json:
-        known.json.write_text(json.dumps({"machine": platform.processor() or platform.machine(), "results": results}, indent=1))
+        known.json.write_text(
+            json.dumps({"machine": platform.processor() or platform.machine(), "results": results}, indent=1)
+        )
     return 0
 
 
 def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) -> None:
     """One rank of the measurement; rank 0 writes ``result.json`` into the folder."""
-    from dist_train.config import load_config
+    from dist_train.config_file import load_config
     from dist_train.dist import Group, Ranks
     from dist_train.health import StopRequests
     from dist_train.preflight import preflight
@@ -76,7 +80,7 @@ def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) ->
     ready = preflight(config, ranks)
     with StopRequests() as requests:
         trainer = Trainer(config, ready, group, requests)
-        bare = _BareLoop(config, ready.train.classes, group)
+        bare = _BareLoop(config, len(ready.train.classes), group)
         feed = _Feed(trainer, steps)
         variants: dict[str, Callable[[], None]] = {
             "bare loop": lambda: bare.steps(feed.micro, steps),
@@ -109,7 +113,7 @@ def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) ->
 class _BareLoop:
     """What one would write by hand: DistributedDataParallel, autocast, a torch optimizer, the objective's loss."""
 
-    def __init__(self, config: Any, classes: list[str], group: Any) -> None:
+    def __init__(self, config: Any, num_classes: int, group: Any) -> None:
         from torch.nn.parallel import DistributedDataParallel
 
         from dist_train.engine import autocast
@@ -117,10 +121,10 @@ class _BareLoop:
         from dist_train.models import build_model
         from dist_train.optim import build_optimizer
 
-        network = build_model(config.model, len(classes), config.data.image_size).to(group.device)
-        self.optimizer = build_optimizer(network, config.optim, group.device)
-        self.network = DistributedDataParallel(network) if group.ranks.world_size > 1 else network
-        self.criterion = ExitDistillation(config.loss, network.num_exits).to(group.device)
+        network = build_model(config.model, num_classes, config.data.image_size).to(group.device)
+        self.optimizer = build_optimizer(network, config.optim)
+        self.network: torch.nn.Module = DistributedDataParallel(network) if group.ranks.world_size > 1 else network
+        self.criterion = ExitDistillation(config.loss, cast(int, network.num_exits)).to(group.device)
         self.autocast = lambda: autocast(config.train.precision, group.device)
 
     def steps(self, micro: Any, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from dist_train.errors import DataError
 UNLABELED = -100
 MASKED = -1e30
 """What a logit of -inf counts as in sums: 0 times it must be 0."""
+CHUNK = 1 << 19
+"""Logits that are worked on at a time, so that the temporaries of a large batch stay small."""
+_HITS = torch.tensor([1, 5])[:, None, None]
 
 
 class _Labels(NamedTuple):
@@ -29,11 +33,30 @@ class _Labels(NamedTuple):
 
 
 class _Softened(NamedTuple):
-    """Softmax of all exits: probabilities [M, N, K], and the shifted logits and log-sum-exp [M, N] they come from."""
+    """Softmax of all exits: the logits [M, N, K] shifted to a maximum of 0, the probabilities, log-sum-exp [M, N]."""
 
     x: Tensor
     p: Tensor
     lse: Tensor
+
+
+class _Constants(NamedTuple):
+    """What the exits' weights come to for all samples alike."""
+
+    temperature: Tensor | None
+    """[M, 1, 1]; None if all are 1."""
+    mixing: Tensor
+    """[M, M]: softened probabilities to the gradient of all pairs."""
+    values: Tensor
+    """[M, M]: values of the pairs to the loss, per sample."""
+    coefficients: Tensor
+    """[M, 1]: label losses to the loss."""
+    reader: list[float]
+    """[M]."""
+    smoothing: float
+    cross_entropy: bool
+    samples: int
+    """Samples of the whole micro batch."""
 
 
 def exit_loss_cpu(
@@ -51,146 +74,161 @@ def exit_loss_cpu(
     cross_entropy: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`dist_train.kernels.exit_loss.exit_loss`; labels out of range raise DataError, which costs nothing here."""
+    """See :mod:`dist_train.kernels.exit_loss`; values out of range raise DataError, since looking costs nothing here."""
     dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
     exits, (samples, classes) = len(logits), logits[0].shape
-    if samples == 0:
-        empty = logits[0].new_empty((exits, 0, classes) if with_grad else 0)
-        return torch.zeros((), dtype=dtype), torch.zeros(exits * exits + 3 * exits + 5), empty
-    labels = _read_labels(targets, second, share, classes, dtype)
-    if weights is not None:
-        weights = _read_weights(weights, dtype)
-    plain = _soften(logits, dtype)
-    tau = temperature.to(dtype)
-    warm = plain if bool((tau == 1).all()) else _at_temperature(plain, tau)
-    finite = warm.lse.isfinite().all(0)
-    sound = bool(finite.all())
+    tau = temperature.to(dtype)[:, None]
+    pairs = tau * teachers.to(dtype)
+    constants = _Constants(
+        tau[:, None] if set(temperature.tolist()) != {1.0} else None,
+        torch.diag(pairs.sum(1)) - pairs,
+        pairs * tau / max(samples, 1),
+        (label_weights.to(dtype) / labeled)[:, None],
+        reader.tolist(),
+        smoothing,
+        cross_entropy,
+        samples,
+    )
+    sums: list[tuple[Tensor, Tensor]] = []
+    grads = logits[0].new_empty((exits, samples, classes) if with_grad else (0, 0, 0))
+    rows = max(1, CHUNK // (exits * classes))
+    for start in range(0, samples, rows):
+        part = slice(start, start + rows)
+        sums.append(
+            _chunk(
+                [z[part] for z in logits] if rows < samples else list(logits),
+                _read_labels(targets[part], _cut(second, part), _cut(share, part), classes, dtype),
+                _read_weights(_cut(weights, part), dtype),
+                constants,
+                grads[:, part] if with_grad else None,
+            )
+        )
+    if len(sums) == 1:
+        return *sums[0], grads
+    loss, vector = torch.zeros((), dtype=dtype), torch.zeros(exits * exits + 3 * exits + 5)
+    for partial_loss, partial_vector in sums:
+        loss += partial_loss
+        vector += partial_vector
+    return loss, vector, grads
 
-    grads = plain.x.new_empty(0)
-    pairs = tau[:, None] * teachers.to(dtype)
+
+def _chunk(
+    logits: list[Tensor], labels: _Labels, weights: Tensor | None, constants: _Constants, grads: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and statistics of some of the samples; writes N times their gradient."""
+    x = torch.stack(logits).to(constants.mixing.dtype)
+    x -= x.amax(-1, keepdim=True)
+    plain = _soften(x)
+    warm = plain if constants.temperature is None else _soften(x / constants.temperature)
+    finite = None if math.isfinite(float(warm.lse.sum())) else warm.lse.isfinite().all(0)
+
     q = warm.p if weights is None else warm.p * weights[:, None]
-    if with_grad:
-        # All weighted pairs together have the gradient of one cross-entropy to the mixed teacher: one small matrix.
-        mixing = torch.diag(pairs.sum(1)) - pairs
-        grads = torch.mm(mixing, q.view(exits, -1)).view(exits, samples, classes)
-    coefficient = (label_weights.to(dtype) / labeled)[:, None] * labels.valid * (1 if weights is None else weights)
-    ce, smooth_ce = _label_terms(plain, labels, smoothing, coefficient * samples, grads if with_grad else None)
-    loss = (smooth_ce * coefficient).sum()
-    ranks = _ranks(plain.x, _judged(labels))
-    confidence = _confidence(warm, reader.to(dtype))
-    if with_grad and not sound:
-        grads[:, ~finite] = torch.nan
+    coefficients = constants.coefficients * (labels.valid if weights is None else labels.valid * weights)
+    gradient = None
+    if grads is not None:
+        gradient = grads if grads.dtype == q.dtype else torch.empty_like(q)
+        # All weighted pairs together have the gradient of one cross-entropy to the mixed teachers.
+        torch.mm(constants.mixing, q.view(len(q), -1), out=gradient.view(len(q), -1))
+    ce, smooth_ce = _label_terms(plain, labels, constants.smoothing, coefficients * constants.samples, gradient)
+    loss = (smooth_ce * coefficients).sum()
+    if grads is not None and gradient is not None:
+        if finite is not None:
+            gradient[:, ~finite] = torch.nan
+        if gradient is not grads:
+            grads.copy_(gradient)
 
-    cross = _cross_entropies(warm, warm.p, warm.lse, finite)
-    weighted = cross if weights is None else _cross_entropies(warm, q, warm.lse * weights, finite)
-    value = weighted if cross_entropy else weighted - weighted.diagonal()
-    loss = loss + (pairs * tau[:, None] * value).sum() / samples
-    if not sound:
-        loss = loss * torch.nan
-    counted = finite & labels.valid
-    counts = torch.stack([counted.sum(), torch.tensor(0), (~finite).sum()])
-    vector = [
-        torch.where(counted, ce, 0).sum(1),
-        (cross - cross.diagonal()).view(-1),
-        ((ranks < 1) & counted).sum(1),
-        ((ranks < 5) & counted).sum(1),
-        torch.where(finite, confidence, 0).sum().view(1),
-        torch.tensor([samples]),
-        counts,
-    ]
-    return loss, torch.cat(vector).float(), grads.to(logits[0].dtype)
+    cross = _cross_entropies(warm.x, warm.p, warm.lse, finite)
+    entropies = cross.diagonal()
+    weighted = cross if weights is None else _cross_entropies(warm.x, q, warm.lse * weights, finite)
+    loss += ((weighted if constants.cross_entropy else weighted - weighted.diagonal()) * constants.values).sum()
+    if finite is not None:
+        loss *= torch.nan
+    counted = labels.valid if finite is None else labels.valid & finite
+    confidence = _where(finite, _confidence(warm, constants.reader)).sum()
+    hits = (_ranks(x, _judged(labels), room=plain.p) < _HITS) & counted
+    nonfinite = 0 if finite is None else len(finite) - int(finite.sum())
+    counts = torch.tensor([float(confidence), q.shape[1], int(counted.sum()), 0, nonfinite])
+    vector = [_where(counted, ce).sum(1), (cross - entropies).view(-1), hits.sum(2).view(-1), counts]
+    return loss, torch.cat(vector)
+
+
+def _where(finite: Tensor | None, values: Tensor) -> Tensor:
+    """``values`` with zeros for samples [N] that are not to count."""
+    return values if finite is None else torch.where(finite, values, 0)
+
+
+def _soften(x: Tensor) -> _Softened:
+    """Softmax of logits [M, N, K] with a maximum of 0: log-sum-exp is minus the logarithm of the largest probability."""
+    p = x.softmax(-1)
+    return _Softened(x, p, -p.amax(-1).log())
 
 
 def _read_labels(targets: Tensor, second: Tensor | None, share: Tensor | None, classes: int, dtype: torch.dtype) -> _Labels:
     if targets.is_floating_point():
         soft = targets.to(dtype)
-        if not bool(soft.amin() >= 0) or not bool(soft.sum().isfinite()):
-            raise DataError("targets holds a negative or non-finite share; soft targets are at least 0 (a row of zeros: unlabeled)")
+        if not (bool(soft.amin() >= 0) and bool(soft.sum().isfinite())):
+            raise DataError("targets holds a share that is negative or not finite; allowed is 0 and above (a row of zeros: unlabeled)")
         return _Labels([soft.argmax(-1)], [], soft, soft.sum(-1) > 0)
     ids = [targets] if second is None else [targets, second]
-    unlabeled = torch.zeros_like(targets, dtype=torch.bool)
     for labels in ids:
-        missing = labels == UNLABELED
-        bad = ((labels < 0) & ~missing) | (labels >= classes)
-        if bool(bad.any()):
+        low, high = (int(value) for value in labels.aminmax())
+        if high >= classes or bool(low < 0 and ((labels < 0) & (labels != UNLABELED)).any()):
+            wrong = labels[(labels >= classes) | (labels < 0) & (labels != UNLABELED)]
             raise DataError(
-                f"targets holds the label {int(labels[bad][0])}; allowed are 0 to {classes - 1}, "
-                f"and {UNLABELED} for unlabeled images"
+                f"targets holds the label {int(wrong[0])}; allowed are 0 to {classes - 1}, and {UNLABELED} for unlabeled images"
             )
-        unlabeled |= missing
     shares = []
     if share is not None:
-        low, high = share.aminmax()
-        if not bool(low >= 0) or not bool(high <= 1):
-            raise DataError(f"share runs from {float(low):g} to {float(high):g}; allowed is 0 to 1")
+        if not (bool(share.amin() >= 0) and bool(share.amax() <= 1)):
+            raise DataError(f"targets.share runs from {float(share.amin()):g} to {float(share.amax()):g}; allowed is 0 to 1")
         shares = [share.to(dtype), 1 - share.to(dtype)]
-    return _Labels([labels.clamp(min=0) for labels in ids], shares, None, ~unlabeled)
+    valid = ids[0] >= 0 if second is None else (ids[0] >= 0) & (ids[1] >= 0)
+    return _Labels([labels.clamp(min=0) for labels in ids], shares, None, valid)
 
 
-def _read_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    if not bool(weights.amin() >= 0) or not bool(weights.sum().isfinite()):
-        raise DataError("weights holds a negative or non-finite number; weights of samples are at least 0")
+def _read_weights(weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if weights is None:
+        return None
+    if not (bool(weights.amin() >= 0) and bool(weights.sum().isfinite())):
+        raise DataError("weights holds a number that is negative or not finite; allowed is 0 and above")
     return weights.to(dtype)
 
 
-def _soften(logits: Sequence[Tensor], dtype: torch.dtype) -> _Softened:
-    x = torch.empty((len(logits), *logits[0].shape), dtype=dtype)
-    for row, z in zip(x, logits):
-        row.copy_(z)
-    # Shifted by its maximum, a row's log-sum-exp is minus the logarithm of its largest probability.
-    x -= x.amax(-1, keepdim=True)
-    p = x.softmax(-1)
-    return _Softened(x, p, -p.amax(-1).log())
-
-
-def _at_temperature(plain: _Softened, tau: Tensor) -> _Softened:
-    x = plain.x / tau[:, None, None]
-    p = x.softmax(-1)
-    return _Softened(x, p, -p.amax(-1).log())
+def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]
 
 
 def _label_terms(
-    plain: _Softened, labels: _Labels, smoothing: float, factor: Tensor, grads: Tensor | None
+    plain: _Softened, labels: _Labels, smoothing: float, factor: Tensor, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropies [M, N] without and with smoothing; adds ``factor`` [M, N] times the gradient of the latter."""
     keep = 1 - smoothing
+    factor = factor.unsqueeze(-1)
+    mass: float | Tensor = 1.0
+    ce = plain.lse
     if labels.soft is None:
-        ce, mass = plain.lse.clone(), torch.ones(())
         for number, ids in enumerate(labels.ids):
             index = ids.expand(len(ce), -1).unsqueeze(-1)
-            part = labels.shares[number] if labels.shares else 1
-            ce -= part * plain.x.gather(-1, index).squeeze(-1).clamp(min=MASKED)
-            if grads is not None:
-                grads.scatter_add_(-1, index, (-keep * part * factor).unsqueeze(-1))
+            part = labels.shares[number].unsqueeze(-1) if labels.shares else 1.0
+            ce = ce - (part * plain.x.gather(-1, index).clamp(min=MASKED)).squeeze(-1)
+            if gradient is not None:
+                gradient.scatter_add_(-1, index, factor * (-keep * part))
     else:
-        mass = labels.soft.sum(-1)
-        ce = plain.lse * mass - (plain.x.clamp(min=MASKED) * labels.soft).sum(-1)
-        if grads is not None:
-            grads.addcmul_(labels.soft, factor.unsqueeze(-1), value=-keep)
-    smooth = ce
+        mass = labels.soft.sum(-1, keepdim=True)
+        ce = plain.lse * mass.squeeze(-1) - (plain.x.clamp(min=MASKED) * labels.soft).sum(-1)
+        if gradient is not None:
+            gradient.addcmul_(factor, labels.soft, value=-keep)
+    smooth_ce = ce
     if smoothing:
         classes = plain.x > -torch.inf
         even = classes / classes.sum(-1, keepdim=True)
-        smooth = keep * ce + smoothing * (plain.lse - (plain.x.clamp(min=MASKED) * even).sum(-1))
-        if grads is not None:
-            grads.addcmul_(even, factor.unsqueeze(-1), value=-smoothing)
-    if grads is not None:
-        grads.addcmul_(plain.p, (factor * (keep * mass + smoothing)).unsqueeze(-1))
-    return ce, smooth
-
-
-def _ranks(x: Tensor, ids: Tensor) -> Tensor:
-    """How many classes [M, N] come before the label: larger logits, and equal ones of earlier classes."""
-    label = x.gather(-1, ids.expand(len(x), -1).unsqueeze(-1))
-    mask = torch.empty_like(x)  # comparisons into floats, whose sums are vectorised
-    larger = torch.gt(x, label, out=mask).sum(-1)
-    equal = torch.eq(x, label, out=mask).sum(-1)
-    tied = (equal > 1) & (larger < 5)
-    if bool(tied.any()):
-        earlier = torch.arange(x.shape[-1]) < ids[:, None]
-        exits, samples = tied.nonzero(as_tuple=True)
-        larger[exits, samples] += (mask[exits, samples] * earlier[samples]).sum(-1)
-    return larger
+        smooth_ce = keep * ce + smoothing * (plain.lse - (plain.x.clamp(min=MASKED) * even).sum(-1))
+        if gradient is not None:
+            gradient.addcmul_(factor, even, value=-smoothing)
+        mass = keep * mass + smoothing
+    if gradient is not None:
+        gradient.addcmul_(factor * mass, plain.p)
+    return ce, smooth_ce
 
 
 def _judged(labels: _Labels) -> Tensor:
@@ -198,18 +236,35 @@ def _judged(labels: _Labels) -> Tensor:
     return torch.where(labels.shares[0] >= 0.5, *labels.ids) if labels.shares else labels.ids[0]
 
 
-def _confidence(warm: _Softened, reader: Tensor) -> Tensor:
-    """Largest probability [N] of the mixture of exits that ``reader`` [M] describes."""
-    if bool((reader == 1).any()):
-        return torch.exp(-warm.lse[int(reader.argmax())])
-    return torch.tensordot(reader, warm.p, 1).amax(-1)
+def _ranks(x: Tensor, ids: Tensor, room: Tensor) -> Tensor:
+    """How many classes [M, N] come before the label: larger logits, and equal ones of earlier classes.
+
+    Comparisons are written over ``room``, which is like ``x``, as floats, because sums of floats are vectorised.
+    """
+    label = x.gather(-1, ids.expand(len(x), -1).unsqueeze(-1))
+    larger = torch.gt(x, label, out=room).sum(-1)
+    equal = torch.eq(x, label, out=room).sum(-1)
+    tied = (equal > 1) & (larger < 5)
+    if bool(tied.any()):
+        earlier = torch.arange(x.shape[-1]) < ids[:, None]
+        exits, samples = tied.nonzero(as_tuple=True)
+        larger[exits, samples] += (room[exits, samples] * earlier[samples]).sum(-1)
+    return larger
 
 
-def _cross_entropies(warm: _Softened, q: Tensor, lse: Tensor, finite: Tensor) -> Tensor:
+def _confidence(warm: _Softened, reader: list[float]) -> Tensor:
+    """Largest probability [N] of the mixture of exits that ``reader`` describes."""
+    if reader.count(0.0) == len(reader) - 1:
+        return torch.exp(-warm.lse[reader.index(max(reader))])
+    return torch.tensordot(warm.p.new_tensor(reader), warm.p, 1).amax(-1)
+
+
+def _cross_entropies(x: Tensor, q: Tensor, lse: Tensor, finite: Tensor | None) -> Tensor:
     """[M, M] cross-entropy of exit m (row) to exit t (column), summed over samples with finite logits."""
-    exits = len(q)
-    products = torch.mm(warm.x.view(exits, -1), q.view(exits, -1).T)
-    if not bool(products.isfinite().all()):
-        x = torch.where(finite[:, None], warm.x.clamp(min=MASKED), 0)
-        products = torch.mm(x.view(exits, -1), torch.where(finite[:, None], q, 0).view(exits, -1).T)
-    return torch.where(finite, lse, 0).sum(1, keepdim=True) - products
+    products = torch.mm(x.view(len(x), -1), q.view(len(q), -1).T)
+    if not math.isfinite(float(products.sum())):
+        x, q, lse = x.clamp(min=MASKED), q, _where(finite, lse)
+        if finite is not None:
+            x, q = _where(finite[:, None], x), _where(finite[:, None], q)
+        products = torch.mm(x.view(len(x), -1), q.view(len(q), -1).T)
+    return lse.sum(1, keepdim=True) - products

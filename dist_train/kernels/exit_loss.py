@@ -77,68 +77,55 @@ class ExitStats:
         return self.vector[-1]
 
 
-@torch.library.custom_op("dist_train::exit_loss", mutates_args=(), device_types="cpu")
-def exit_loss(
-    logits: Sequence[Tensor],
-    targets: Tensor,
-    second: Tensor | None,
-    share: Tensor | None,
-    weights: Tensor | None,
-    teachers: Tensor,
-    reader: Tensor,
-    label_weights: Tensor,
-    temperature: Tensor,
-    labeled: Tensor,
-    smoothing: float,
-    cross_entropy: bool,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, statistics and gradient of all exits on one micro batch.
-
-    Args:
-        logits: M tensors [N, K] of one dtype (fp16, bf16, fp32; fp64 on the CPU), rows contiguous.
-        targets: [N] int64 labels, -100 for none; or [N, K] floating-point distributions, zeros for none.
-        second: [N] int64 second labels of mixed images, or None.
-        share: [N] share of the first label where there is a second.
-        weights: [N] weight of each sample's loss, or None.
-        teachers: [M, M] weight of teacher t (column) for student m (row).
-        reader: [M] mixture of exits whose largest probability is the confidence.
-        label_weights: [M].
-        temperature: [M], of each exit's softmax in the distillation.
-        labeled: [] what the sum of label losses is divided by.
-        smoothing: share of the labels spread over the classes that are not masked by -inf.
-        cross_entropy: value of the distillation is the cross-entropy to the teacher rather than the divergence.
-        with_grad: compute the gradient.
-
-    Returns:
-        The loss [] in float32 (float64 for fp64); the vector of :class:`ExitStats`; and N times the gradient
-        [M, N, K] in the dtype of the logits, which keeps small gradients representable in fp16 (empty without
-        ``with_grad``).
-    """
-    return exit_loss_cpu(
-        logits, targets, second, share, weights, teachers, reader, label_weights, temperature, labeled,
-        smoothing, cross_entropy, with_grad,
-    )  # fmt: skip
+_NAME = "dist_train::exit_loss"
+torch.library.define(
+    _NAME,
+    "(Tensor[] logits, Tensor targets, Tensor? second, Tensor? share, Tensor? weights, Tensor teachers, Tensor reader, "
+    "Tensor label_weights, Tensor temperature, Tensor labeled, float smoothing, bool cross_entropy, bool with_grad) "
+    "-> (Tensor loss, Tensor statistics, Tensor gradients)",
+)
+torch.library.impl(_NAME, "CPU")(exit_loss_cpu)
 
 
-@exit_loss.register_fake
-def _(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    exits, first, with_grad = len(logits), logits[0], arguments[-1]
+@torch.library.register_fake(_NAME)
+def _fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    exits, first, with_grad = len(logits), logits[0], rest[-1]
     loss = first.new_empty((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
     vector = first.new_empty(exits * exits + 3 * exits + 5, dtype=torch.float32)
-    return loss, vector, first.new_empty((exits, *first.shape) if with_grad else 0)
+    return loss, vector, first.new_empty((exits, *first.shape) if with_grad else (0, 0, 0))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2])
-    ctx.arguments = len(inputs)
+class _ExitLoss(torch.autograd.Function):
+    """The gradient that the forward pass has made, times that of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: tuple[Any, ...], *logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, vector, grads = _below_autograd(list(logits), *rest)
+        ctx.save_for_backward(grads)
+        ctx.mark_non_differentiable(vector, grads)
+        ctx.set_materialize_grads(False)
+        return loss, vector, grads
+
+    @staticmethod
+    def backward(ctx: Any, loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grads,) = ctx.saved_tensors
+        if loss is None:
+            return None, *[None] * len(grads)
+        # A new tensor: the saved one must survive for a second backward pass.
+        return None, *(grads * (loss / max(grads.shape[1], 1))).unbind(0)
 
 
-def _backward(ctx: Any, loss: Tensor, _vector: Tensor, _grads: Tensor) -> tuple[Any, ...]:
-    (grads,) = ctx.saved_tensors
-    # A new tensor: the saved one must survive for a second backward pass.
-    scaled = grads * (loss / max(grads.shape[1], 1))
-    return list(scaled.unbind(0)), *[None] * (ctx.arguments - 1)
+def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dist_train.exit_loss(*arguments)
 
 
-exit_loss.register_autograd(_backward, setup_context=_setup_context)
+# Not torch.library.register_autograd: its handling of tensor lists takes longer than the loss of a small batch.
+@torch.library.impl(_NAME, "Autograd")
+def _autograd(logits: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if rest[-1] and torch.is_grad_enabled() and any(z.requires_grad for z in logits):
+        return _ExitLoss.apply(rest, *logits)
+    return _below_autograd(logits, *rest)
+
+
+exit_loss = torch.ops.dist_train.exit_loss

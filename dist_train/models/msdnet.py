@@ -345,7 +345,7 @@ def _run_block(block: nn.ModuleList, features: Features) -> Features:
     return features
 
 
-@torch.compiler.disable  # which cannot compile a checkpoint with a context of its own
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a checkpoint with a context of its own cannot be compiled
 def _run_recomputed(block: nn.ModuleList, features: Features) -> Features:
     """As :func:`_run_block`, without keeping what is inside the block for the backward pass."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]

@@ -12,7 +12,7 @@ import torch
 
 from dist_train import checkpoint
 from dist_train.checkpoint import Position, Snapshot, State
-from dist_train.config import make_config
+from dist_train.config_file import make_config
 from dist_train.errors import CheckpointError
 
 
@@ -20,7 +20,14 @@ def snapshot(step, size=10):
     generator = torch.Generator().manual_seed(step)
     state = State(Position(step=step, batch=step), 2, ["a", "b"], "print", {"temperature": [1.05]})
     weights = {"weight": torch.randn(size, size, generator=generator), "count": torch.tensor(step)}
-    return Snapshot(state, make_config({"data": {"shards": "x"}}), weights, {"momentum_buffer/weight": weights["weight"] * 2}, None, {"0/meter": torch.ones(2)})
+    return Snapshot(
+        state,
+        make_config({"data": {"shards": "x"}}),
+        weights,
+        {"momentum_buffer/weight": weights["weight"] * 2},
+        None,
+        {"0/meter": torch.ones(2)},
+    )
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -28,7 +35,11 @@ def test_what_is_written_is_read(tmp_path):
     path = checkpoint.write(tmp_path, before)
     after = checkpoint.read(path)
     assert (after.state, after.config) == (before.state, before.config)
-    for written, read in ((before.model, after.model), (before.optimizer, after.optimizer), (before.ranks, after.ranks)):
+    for written, read in (
+        (before.model, after.model),
+        (before.optimizer, after.optimizer),
+        (before.ranks, after.ranks),
+    ):
         assert written.keys() == read.keys()
         assert all(torch.equal(written[name], read[name]) for name in written)
 

@@ -4,15 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.config import (
-    Config,
-    accumulation,
-    changed_fields,
-    describe_fields,
-    dump_config,
-    load_config,
-    make_config,
-)
+from dist_train.config import Config, accumulation
+from dist_train.config_file import changed_fields, describe_fields, dump_config, load_config, make_config
 from dist_train.errors import ConfigError
 
 MINIMAL = {"data": {"shards": "somewhere"}}
@@ -33,8 +26,16 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(path, tmp_path):
 
 def test_overrides_win_and_take_both_forms(tmp_path):
     path = write(tmp_path, "data: {shards: x}\noptim: {lr: 1e-3, clip: 1.0}\n")
-    config = load_config(path, "--optim.clip", "null", "--train.micro_batch=8", "--data.scale", "[0.2, 1]")
-    assert (config.optim.lr, config.optim.clip, config.train.micro_batch, config.data.scale) == (1e-3, None, 8, (0.2, 1.0))
+    config = load_config(
+        path, "--optim.clip", "null", "--train.micro_batch=8", "--data.scale", "[0.2, 1]", "--tracking.uri", "off", "--data.flip", "false"
+    )
+    assert (config.tracking.uri, config.data.flip) == ("off", False)
+    assert (config.optim.lr, config.optim.clip, config.train.micro_batch, config.data.scale) == (
+        1e-3,
+        None,
+        8,
+        (0.2, 1.0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,9 @@ def test_a_missing_file_is_named():
 
 def test_accumulation_follows_from_the_batches_or_names_the_nearest():
     def config(world, total, micro):
-        return accumulation(make_config(MINIMAL | {"train": {"global_batch": total, "micro_batch": micro}}).train, world)
+        return accumulation(
+            make_config(MINIMAL | {"train": {"global_batch": total, "micro_batch": micro}}).train, world
+        )
 
     assert [config(1, 64, 64), config(2, 64, 8), config(4, 64, 16)] == [1, 4, 1]
     with pytest.raises(ConfigError, match="use 48 or 96"):

@@ -4,22 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.config import make_config
+from dist_train.config_file import make_config
 from dist_train.dist import Group, Ranks
 from dist_train.engine import Engine, check_device
 from dist_train.errors import ConfigError
 
 
 class TwoExits(nn.Module):
-    """Sizes that no number of ranks divides, and a norm whose statistics differ by rank."""
+    """An odd number of parameters, sizes that no number of ranks divides, and a norm whose statistics differ by rank."""
 
     num_exits, num_classes = 2, 5
 
     def __init__(self, norm=True):
         super().__init__()
-        self.stem = nn.Conv2d(3, 7, 3)
+        self.stem = nn.Conv2d(3, 7, 3, bias=not norm)  # a bias before a norm has no gradient but noise
         self.norm = nn.BatchNorm2d(7) if norm else nn.Identity()
-        self.first, self.body, self.last = nn.Linear(7, 5), nn.Conv2d(7, 9, 3), nn.Linear(9, 5)
+        self.first, self.body, self.last = nn.Linear(7, 5, bias=False), nn.Conv2d(7, 9, 3), nn.Linear(9, 5, bias=False)
 
     def forward(self, images):
         features = self.norm(self.stem(images)).relu()
@@ -85,7 +85,7 @@ def test_all_zero_stages_make_the_same_updates(ranks, optimizer):
     plain, *others = ranks(in_group, 2, "trained", calls)[0]
     for stage, (weights, state, norms) in enumerate(others, start=1):
         # Adam divides by the root of gradients near zero: there the order of a sum shows.
-        close(weights, plain[0], atol=1e-6 if optimizer == "sgd" else 5e-3)
+        close(weights, plain[0], atol=1e-6 if optimizer == "sgd" else 1e-4)
         close(state, plain[1], atol=1e-6)
         assert norms == pytest.approx(plain[2], rel=1e-5), stage
 
@@ -123,7 +123,7 @@ def test_state_moves_to_any_stage_and_number_of_ranks(ranks):
         targets = [((stage + 1) % 4, optimizer, result[0]) for (stage, optimizer, _), result in zip(sources, written)]
         for (_, optimizer, _), result, expected in zip(targets, ranks(in_group, after, "moved", targets)[0], written):
             assert result[1] == pytest.approx(expected[1], rel=1e-4)
-            close(result[2], expected[2], atol=1e-5 if optimizer == "sgd" else 5e-3)
+            close(result[2], expected[2], atol=1e-5 if optimizer == "sgd" else 1e-4)
 
 
 def poisoned(group, zero):

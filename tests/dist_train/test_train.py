@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_train.config import make_config
+from dist_train.config_file import make_config
 from dist_train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,9 @@ def train_all(configs):
 def state_at(folder, step):
     """Every tensor of a checkpoint, and its position."""
     path = folder / "checkpoints" / f"step-{step:08d}"
-    tensors = {f"{file.stem}:{name}": tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    tensors = {
+        f"{file.stem}:{name}": tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
     state = json.loads((path / "state.json").read_text())
     return tensors, (state["position"]["batch"], state["loss"], state["averages_updates"])
 
@@ -56,7 +58,9 @@ def state_at(folder, step):
 def training_lines(folder):
     """What was logged of training, without what depends on the clock."""
     entries = [entry for entry in read_metrics(folder / "metrics.jsonl") if "train/loss" in entry["metrics"]]
-    return [(e["step"], e["batch"], {k: v for k, v in e["metrics"].items() if not k.startswith("speed/")}) for e in entries]
+    return [
+        (e["step"], e["batch"], {k: v for k, v in e["metrics"].items() if not k.startswith("speed/")}) for e in entries
+    ]
 
 
 def assert_same_state(left, right):
@@ -98,7 +102,7 @@ def test_resumed_with_another_number_of_ranks_goes_on_the_same_way(ranks, digits
 
 
 def launch(config, tmp_path, *overrides):
-    from dist_train.config import dump_config
+    from dist_train.config_file import dump_config
 
     path = tmp_path / f"{config.name}.yaml"
     path.write_text(dump_config(config))
@@ -122,7 +126,9 @@ def processes_of(config):
 
 def test_killed_and_stopped_runs_end_as_the_uninterrupted_one(digits, tmp_path):
     length = {"epochs": 2, "global_batch": 32, "micro_batch": 16}
-    whole, killed, stopped = (settings(digits, tmp_path, name, precision="bf16", **length) for name in ("whole", "killed", "stopped"))
+    whole, killed, stopped = (
+        settings(digits, tmp_path, name, precision="bf16", **length) for name in ("whole", "killed", "stopped")
+    )
     process = launch(whole, tmp_path)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
@@ -166,7 +172,7 @@ def test_the_same_command_after_the_end_changes_nothing(ranks, digits, tmp_path)
 
 def test_updates_that_are_not_finite_are_refused_and_end_the_run_with_its_checkpoint_whole(digits, tmp_path, command):
     from dist_train import checkpoint
-    from dist_train.config import dump_config
+    from dist_train.config_file import dump_config
 
     config = settings(digits, tmp_path, "diverged", max_steps=40)
     path = tmp_path / "config.yaml"
@@ -206,7 +212,7 @@ def test_mlflow_has_what_the_metrics_file_has_in_one_run_across_a_resume(ranks, 
 
 
 def test_an_unreachable_tracking_server_is_said_once_and_costs_nothing_else(digits, tmp_path, command):
-    from dist_train.config import dump_config
+    from dist_train.config_file import dump_config
 
     config = settings(digits, tmp_path, "alone", max_steps=4)
     path = tmp_path / "config.yaml"

@@ -118,11 +118,17 @@ def test_val_per_class_holds_out_the_same_images_always(source: Path, tmp_path: 
     assert Index.load(tmp_path / "b" / "val").fingerprint == val.fingerprint
 
 
+def test_per_class_takes_so_many_of_every_class_before_val_is_held_out(source: Path, tmp_path: Path) -> None:
+    assert main(["make", "folder", str(source), str(tmp_path / "few"), "--per-class", "5", "--val-per-class", "2"]) == 0
+    counts = [np.bincount(Index.load(tmp_path / "few" / split).label).tolist() for split in ("train", "val")]
+    assert counts == [[3, 3, 3], [2, 2, 2]]
+
+
 def test_unreadable_files_are_skipped_and_named(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = (source / "cat" / "cat 0.v1.jpeg").read_bytes()
-    (source / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (source / "cat" / "cut.jpg").write_bytes(whole[:-20])
     (source / "cat" / "notes.txt").write_text("no image")
     (source / "dog" / "empty.png").touch()
     (source / "dog" / "gone.jpg").symlink_to(source / "nowhere")
@@ -178,6 +184,10 @@ BAD = {
     "class of texts": (["{tmp}/texts", "{out}"], "class 'dog' has no readable image .*a.txt: not an image"),
     "mixed": (["{tmp}/mixed", "{out}"], "holds train and also 'cat'"),
     "class too small": (["{in}", "{out}", "--val-per-class", "8"], "class 'cat' has 8 images; use at most 7"),
+    "class too small to take from": (
+        ["{in}", "{out}", "--per-class", "9"],
+        "class 'cat' has 8 images; use at most that",
+    ),
     "val twice": (["{tmp}/split", "{out}", "--val-per-class", "1"], "has a val split"),
     "out is a file": (["{in}", "{tmp}/file/x"], "cannot be written"),
     "out is there": (["{in}", "{tmp}/done"], "done/train: is there already"),

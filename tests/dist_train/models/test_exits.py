@@ -205,6 +205,25 @@ def test_resnet_by_configuration(norm: str) -> None:
     assert same == (norm == "group")  # in training mode, only group norm does not depend on the other images
 
 
+def test_resnet_halves_the_image_and_doubles_the_channels() -> None:
+    network = ResNet(5, blocks=(1, 2, 1), width=8)
+    shapes = []
+    for stage in network.stages:
+        stage.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape[1:])))
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+    assert shapes == [(8, 32, 32), (16, 16, 16), (32, 8, 8)]
+
+
+def test_compiled_is_the_same() -> None:
+    plain = resnet()
+    compiled = torch.compile(copy.deepcopy(plain), backend="aot_eager", fullgraph=True)
+    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    for network in (plain, compiled):
+        sum(logits.square().sum() for logits in network(images)).backward()
+    for (name, expected), parameter in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-3, msg=name)
+
+
 def test_network_of_ones_own_by_configuration() -> None:
     config = ModelConfig(name="dist_train.models.resnet:ResNet", exits=("stages.1",))
     assert build_model(config, 7, 32)(torch.zeros(2, 3, 32, 32))[1].shape == (2, 7)
