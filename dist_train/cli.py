@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from dist_train.errors import UserError
+from dist_train.errors import TrainingError, UserError
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
@@ -49,13 +49,20 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"unknown verb '{verb}'; use one of {', '.join(verbs)}")
         return verbs[verb](rest)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"dist-train {verb}: {error}", file=sys.stderr)
+        _say(verb, error)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 1
+
+
+def _say(verb: str, error: UserError) -> None:
+    """Print an error once: by rank 0 what all ranks find, and by its own rank what only one can have found in training."""
+    rank, torch = os.environ.get("RANK", "0"), sys.modules.get("torch")
+    alone = torch is not None and torch.distributed.is_initialized() and not isinstance(error, TrainingError)
+    if rank == "0" or alone:
+        print(f"dist-train {verb}: {f'rank {rank}: ' if alone else ''}{error}", file=sys.stderr)
 
 
 def _plan(arguments: list[str]) -> int:

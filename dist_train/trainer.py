@@ -114,13 +114,16 @@ class Trainer:
             self.tracker = Tracker(config, self.environment.tags)
         self._last_save = time.monotonic()
         self._saved_batch = self.position.batch if snapshot else -1
+        self._saved_path = path if self.rank == 0 else None
         self._announce(ready, path)
 
     def run(self) -> Run:
         """Train to the end, or to the next step boundary after a request to stop."""
         status = "FAILED"
         try:
-            with Display(self.total_batches, self.rank) as self.display:
+            with Display(
+                min(self.total_batches, self.config.train.max_steps or self.total_batches), self.rank
+            ) as self.display:
                 stopped = False
                 while not stopped:
                     if self.position.batch and (self.position.batch % self.steps_per_epoch == 0 or self._at_end()):
@@ -228,12 +231,15 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint; what cannot be written is said, and training goes on."""
-        if self._saved_batch == self.position.batch and not best:
+        folder = self.config.folder / "checkpoints"
+        if self._saved_batch == self.position.batch:
+            if best and self._saved_path:
+                self._point(folder, "best", self._saved_path)
             return
         ranks = self.group.gather(self._rank_tensors())
         weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
         averaged = self.engine.averaged_weights()
-        self._last_save, self._saved_batch = time.monotonic(), self.position.batch
+        self._last_save, self._saved_batch, self._saved_path = time.monotonic(), self.position.batch, None
         if ranks is None:
             return
         averages = self.engine.averages
@@ -247,17 +253,24 @@ class Trainer:
             mlflow_run=self.tracker.run_id if self.tracker else None,
         )
         by_rank = {f"{rank}/{name}": tensor for rank, tensors in enumerate(ranks) for name, tensor in tensors.items()}
-        folder = self.config.folder / "checkpoints"
         try:
             path = checkpoint.write(folder, Snapshot(state, self.config, weights, optimizer, averaged, by_rank))
-            checkpoint.point(folder, "latest", path)
-            if best:
-                checkpoint.point(folder, "best", path)
-            checkpoint.prune(folder, self.config.checkpoint.keep)
         except OSError as error:
             self._say_once(
                 f"{folder}: a checkpoint could not be written ({error}); the last whole one stays, training goes on"
             )
+            return
+        self._saved_path = path
+        self._point(folder, "latest", path)
+        if best:
+            self._point(folder, "best", path)
+        checkpoint.prune(folder, self.config.checkpoint.keep)
+
+    def _point(self, folder: Path, name: str, path: Path) -> None:
+        try:
+            checkpoint.point(folder, name, path)
+        except OSError as error:
+            self._say_once(f"{folder / name}: cannot be moved to {path.name} ({error.strerror}); training goes on")
 
     def _rank_tensors(self) -> dict[str, torch.Tensor]:
         random = {f"random/{name}": tensor for name, tensor in checkpoint.random_state().items()}
@@ -293,6 +306,9 @@ class Trainer:
             "train/gradient_norm": self.update.gradient_norm,
             "train/refused_updates": float(self.nonfinite.total),
             "train/epoch": self.position.batch / self.steps_per_epoch,
+            "train/unreadable_images": float(
+                self.group.sum(torch.tensor(len(self.loader.bad), device=self.group.device))
+            ),
         }
         self._log(metrics)
         if self.rank == 0:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -132,7 +133,11 @@ def _each(tasks: Sequence[tuple[Path, int, list[Item], Callable[[str], bytes]]],
     if min(workers, len(tasks)) <= 1:
         yield from (write_shard(*task) for task in tasks)
         return
-    with ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    # An interrupt from the keyboard reaches all processes; this one ends the others.
+    with ProcessPoolExecutor(
+        min(workers, len(tasks)), context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
         try:
             yield from pool.map(write_shard, *zip(*tasks))
         except BaseException:

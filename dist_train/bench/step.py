@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,7 +126,9 @@ class _BareLoop:
         self.optimizer = build_optimizer(network, config.optim)
         self.network: torch.nn.Module = DistributedDataParallel(network) if group.ranks.world_size > 1 else network
         self.criterion = ExitDistillation(config.loss, cast(int, network.num_exits)).to(group.device)
-        self.autocast = lambda: autocast(config.train.precision, group.device)
+        self.autocast: Callable[[], AbstractContextManager[Any]] = lambda: autocast(
+            config.train.precision, group.device
+        )
 
     def steps(self, micro: Any, count: int) -> None:
         for _ in range(count):

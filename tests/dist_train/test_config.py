@@ -27,7 +27,16 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(path, tmp_path):
 def test_overrides_win_and_take_both_forms(tmp_path):
     path = write(tmp_path, "data: {shards: x}\noptim: {lr: 1e-3, clip: 1.0}\n")
     config = load_config(
-        path, "--optim.clip", "null", "--train.micro_batch=8", "--data.scale", "[0.2, 1]", "--tracking.uri", "off", "--data.flip", "false"
+        path,
+        "--optim.clip",
+        "null",
+        "--train.micro_batch=8",
+        "--data.scale",
+        "[0.2, 1]",
+        "--tracking.uri",
+        "off",
+        "--data.flip",
+        "false",
     )
     assert (config.tracking.uri, config.data.flip) == ("off", False)
     assert (config.optim.lr, config.optim.clip, config.train.micro_batch, config.data.scale) == (

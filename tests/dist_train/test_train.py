@@ -211,6 +211,31 @@ def test_mlflow_has_what_the_metrics_file_has_in_one_run_across_a_resume(ranks, 
     assert {"config.yaml", "report.json"} <= artifacts
 
 
+def test_an_unreadable_image_is_named_and_replaced_or_ends_the_run_as_configured(digits, tmp_path, command):
+    from dist_train.config_file import dump_config
+    from shards.index import Index
+
+    shards = Path(shutil.copytree(digits, tmp_path / "shards"))
+    index = Index.load(shards / "train")
+    with (shards / "train" / index.shards[0].name).open("r+b") as tar:
+        tar.seek(int(index.offset[7]) + int(index.size[7]) // 2)
+        tar.write(bytes(40))
+    config = settings(shards, tmp_path, "unreadable", epochs=2, global_batch=32, micro_batch=16)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    key = index.key[7].decode()
+    words = ["launch.local", "-n", 2, path, "--data.verify", "size"]
+    result = command(*words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    logs = "".join(file.read_text() for file in (config.folder / "log").iterdir())
+    assert key in logs
+    assert "shard-000000.tar" in logs
+    assert read_metrics(config.folder / "metrics.jsonl")[-2]["metrics"]["train/unreadable_images"] >= 1
+    refused = command(*words, "--data.max_bad", 0, "--name", "strict")
+    assert refused.returncode == 2
+    assert key in refused.stderr + refused.stdout
+
+
 def test_an_unreachable_tracking_server_is_said_once_and_costs_nothing_else(digits, tmp_path, command):
     from dist_train.config_file import dump_config
 

@@ -166,7 +166,7 @@ def test_vanished_and_truncated_shards(digits: Path, tmp_path: Path, make_loader
     reasons = {bad_sample.reason for bad_sample in loader.bad.values()}
     assert any("No such file" in reason for reason in reasons)
     assert any("the shard ends" in reason for reason in reasons)
-    with pytest.raises(DataError, match="No such file|the shard ends"):
+    with pytest.raises(DataError, match=r"No such file|the shard ends"):
         flat(make_loader(folder, max_bad=109, last_batch="wrap").epoch(0))
 
 
@@ -179,7 +179,7 @@ def test_a_shard_that_changes_under_a_running_epoch(digits: Path, tmp_path: Path
     for path in folder.glob("*.tar"):
         os.truncate(path, 0)
     assert ids(first) == ids(clean)[:48]
-    with pytest.raises(DataError, match="21 images cannot be read, data.max_bad is 20"):
+    with pytest.raises(DataError, match=r"21 images cannot be read, data\.max_bad is 20"):
         flat(batches)
 
 

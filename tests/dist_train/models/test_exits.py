@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_train.config import ModelConfig
 from dist_train.errors import ConfigError
@@ -162,6 +163,15 @@ def test_training_reaches_every_parameter_also_of_a_copy(network: nn.Module) -> 
             trained.heads[0][-1].bias.add_(1)  # the copy's exits are its own
     restored = copy.deepcopy(network)
     restored.load_state_dict(network.state_dict())
+
+
+def test_attaching_without_values() -> None:
+    """Memory is planned on tensors that have a shape, but no values."""
+    with FakeTensorMode():
+        logits = resnet()(torch.empty(4, 3, 32, 32))
+    assert [tuple(exit_logits.shape) for exit_logits in logits] == [(4, 5)] * 4
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in transformer().parameters())
 
 
 def test_attaching_leaves_no_trace() -> None:

@@ -1,0 +1,91 @@
+"""Processes on this machine: all of them train one run, and none outlives the others."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_train.config_file import dump_config, make_config
+from dist_train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(digits, tmp_path):
+    path = tmp_path / "launched.yaml"
+    fields = {
+        "name": "launched",
+        "runs": str(tmp_path),
+        "data": {"shards": str(digits), "flip": False},
+        "model": {"exits": 2, "base": 1, "scales": 2, "growth": 2, "initial_channels": 4, "head_width": 8,
+                  "growth_factors": [1, 2], "bottleneck_factors": [1, 2]},
+        "train": {"global_batch": 32, "micro_batch": 16, "epochs": 2},
+        "tracking": {"uri": "off", "log_every": 2},
+    }  # fmt: skip
+    path.write_text(dump_config(make_config(fields)))
+    return path
+
+
+def ranks_of(config):
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+        if str(config) in words and "RANK" in environment:
+            found.append(process)
+    return found
+
+
+def wait_for_training(process, folder):
+    metrics = folder / "launched" / "metrics.jsonl"
+    while not (metrics.exists() and read_metrics(metrics)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def start(config):
+    words = [sys.executable, "-m", "launch.local", "-n", "2", str(config)]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_launcher_says_so(config, tmp_path):
+    process = start(config)
+    wait_for_training(process, tmp_path)
+    ranks = ranks_of(config)
+    assert len(ranks) == 2
+    ranks[1].kill()
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, 75)
+    assert not ranks_of(config)
+
+
+def test_ctrl_c_saves_and_ends_all(config, tmp_path):
+    process = start(config)
+    wait_for_training(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+    assert (tmp_path / "launched" / "checkpoints" / "latest" / "manifest.json").exists()
+    assert not ranks_of(config)
+
+
+def test_the_plain_deepspeed_launcher_works_as_well(config, tmp_path):
+    words = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--module", "dist_train", "train", config]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        [*map(str, words), "--train.max_steps", "3"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 processes" in result.stdout
+    assert "360 images, each once" in result.stdout
