@@ -53,13 +53,22 @@ def _parser() -> argparse.ArgumentParser:
             default=len(os.sched_getaffinity(0)),
             help="processes; default: the cores, %(default)s",
         )
+        parser_of_kind.add_argument(
+            "--per-class",
+            type=_positive,
+            metavar="N",
+            help="take only N images of every class of train, val's included",
+        )
+        parser_of_kind.add_argument(
+            "--labels-per-class",
+            type=_positive,
+            metavar="N",
+            help="keep the labels of N images of every class of train only",
+        )
     folder.add_argument(
         "--val-per-class", type=_positive, metavar="N", help="make a val split of N images per class of train"
     )
-    folder.add_argument(
-        "--per-class", type=_positive, metavar="N", help="take only N images of every class of train, val's included"
-    )
-    digits.set_defaults(run=lambda options: _make(sources.digits(), options))
+    digits.set_defaults(run=_make_digits)
     folder.set_defaults(run=_make_folder)
     checking = verbs.add_parser(
         "check", help="compare shards with their index: sizes, hashes, offsets, labels, image headers"
@@ -69,14 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _make_digits(options: argparse.Namespace) -> int:
+    return _make(sources.digits(), options, val_per_class=None)
+
+
 def _make_folder(options: argparse.Namespace) -> int:
-    source = sources.folder(options.source)
+    return _make(sources.folder(options.source), options, options.val_per_class)
+
+
+def _make(source: sources.Source, options: argparse.Namespace, val_per_class: int | None) -> int:
     if options.per_class:
         source = source.few(options.per_class)
-    return _make(source.hold_out(options.val_per_class) if options.val_per_class else source, options)
-
-
-def _make(source: sources.Source, options: argparse.Namespace) -> int:
+    if val_per_class:
+        source = source.hold_out(val_per_class)
+    if options.labels_per_class:
+        source = source.labeled(options.labels_per_class)
     began = time.perf_counter()
     progress = _progress if sys.stderr.isatty() else None
     made = make.make(source, options.out, options.shard_size, options.workers, progress)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_train.errors import DataError
+from shards.index import UNLABELED
 
 SPLITS = ("train", "val", "test")
 
@@ -73,6 +74,24 @@ class Source:
         return replace(
             self, splits={**self.splits, "train": [item for items in by_class for item in items[:per_class]]}
         )
+
+    def labeled(self, per_class: int) -> Source:
+        """Keep the labels of ``per_class`` images of every class of train, and take them from the others.
+
+        Raises:
+            DataError: there is no train split, or a class is too small.
+        """
+        if "train" not in self.splits:
+            raise DataError("--labels-per-class is given, but the source has no train split")
+        by_class = self._train_by_class("labels")
+        for name, items in zip(self.classes, by_class):
+            if len(items) < per_class:
+                raise DataError(
+                    f"--labels-per-class is {per_class}, but class '{name}' has {len(items)} images; use at most that"
+                )
+        kept = [item for items in by_class for item in items[:per_class]]
+        others = [item._replace(label=UNLABELED) for items in by_class for item in items[per_class:]]
+        return replace(self, splits={**self.splits, "train": kept + others})
 
     def _train_by_class(self, salt: str) -> list[list[Item]]:
         by_class: list[list[Item]] = [[] for _ in self.classes]

@@ -19,7 +19,18 @@ def test_cifar10_with_150_images_per_class_is_learnt_on_two_ranks(test_data, tmp
     few = ["--per-class", 150, "--val-per-class", 50]
     assert command("shards", "make", "folder", tmp_path / "images", tmp_path / "few", *few).returncode == 0
 
-    words = ["launch.local", "-n", 2, CONFIG, "--data.shards", tmp_path / "few", "--runs", tmp_path, "--train.epochs", 5]
+    words = [
+        "launch.local",
+        "-n",
+        2,
+        CONFIG,
+        "--data.shards",
+        tmp_path / "few",
+        "--runs",
+        tmp_path,
+        "--train.epochs",
+        5,
+    ]
     result = command(*words, "--tracking.uri", "off", "--tracking.log_every", 15)
     assert result.returncode == 0, result.stdout + result.stderr
     run = tmp_path / "cifar10_150_msdnet"

@@ -126,6 +126,19 @@ def test_per_class_takes_so_many_of_every_class_before_val_is_held_out(source: P
     assert counts == [[3, 3, 3], [2, 2, 2]]
 
 
+def test_labels_per_class_takes_the_labels_from_the_others_only(source: Path, tmp_path: Path) -> None:
+    whole = ["make", "folder", str(source), str(tmp_path / "whole"), "--val-per-class", "2"]
+    assert main(whole) == 0
+    assert main([*whole[:3], str(tmp_path / "few"), *whole[4:], "--labels-per-class", "3"]) == 0
+    few, all_of_them = Index.load(tmp_path / "few" / "train"), Index.load(tmp_path / "whole" / "train")
+    assert np.bincount(few.label[few.label >= 0]).tolist() == [3, 3, 3]
+    assert (few.label == -100).sum() == len(all_of_them) - 9
+    assert (few.label[few.label >= 0] == all_of_them.label[few.label >= 0]).all()
+    assert (tmp_path / "few" / "val" / "shard-000000.tar").read_bytes() == (
+        tmp_path / "whole" / "val" / "shard-000000.tar"
+    ).read_bytes()
+
+
 def test_unreadable_files_are_skipped_and_named(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
