@@ -19,7 +19,7 @@ from dist_train.kernels.exit_loss import ExitStats, exit_loss
 __all__ = ["ExitDistillation", "ExitLoss", "ExitStats", "LabelMix", "teacher_matrix"]
 
 MAX_EXITS = 16
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LabelMix(NamedTuple):
@@ -127,7 +127,7 @@ class ExitDistillation(nn.Module):
             labeled: what the sum of label losses is divided by (default: the labeled samples here, at least 1).  To
                 average gradients over ranks and passes into the mean over all labeled images, give the labeled images
                 of the global batch / (ranks x passes).
-            weights: [N] weight of each sample's loss, at least 0 (default: 1).  The statistics do not use it.
+            weights: [N] weight of each sample's loss, at least 0 (default: 1).  Of the statistics, only ``kl`` uses it.
 
         Raises:
             DataError: shapes, dtypes or values that do not fit.

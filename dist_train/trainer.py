@@ -19,6 +19,7 @@ from dist_train.data.pipeline import GlobalBatch, Loader
 from dist_train.dist import Group, Ranks
 from dist_train.engine import Engine, Update
 from dist_train.environment import describe_environment
+from dist_train.errors import TrainingError
 from dist_train.evaluation import Evaluation, Evaluator, table, write_report
 from dist_train.health import NonFinite, StopRequests
 from dist_train.loss import ExitDistillation
@@ -306,13 +307,21 @@ class Trainer:
             "train/gradient_norm": self.update.gradient_norm,
             "train/refused_updates": float(self.nonfinite.total),
             "train/epoch": self.position.batch / self.steps_per_epoch,
-            "train/unreadable_images": float(
-                self.group.sum(torch.tensor(len(self.loader.bad), device=self.group.device))
-            ),
+            "train/unreadable_images": float(self._unreadable()),
         }
         self._log(metrics)
         if self.rank == 0:
             self.display.metrics(self.position.batch, metrics["train/epoch"], metrics)
+
+    def _unreadable(self) -> int:
+        """Images that could not be read so far, over all ranks; raises TrainingError where they are more than allowed."""
+        count = int(self.group.sum(torch.tensor(len(self.loader.bad), device=self.group.device)))
+        if count > self.config.data.max_bad:
+            raise TrainingError(
+                f"{count} images cannot be read, data.max_bad is {self.config.data.max_bad}; log/rank*.txt names them: mend "
+                "the shards, or raise it"
+            )
+        return count
 
     def _log(self, metrics: dict[str, float]) -> None:
         if self.rank == 0:

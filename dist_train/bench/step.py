@@ -149,6 +149,7 @@ class _Feed:
         self.trainer = trainer
         self.steps = steps
         self.loader = trainer.loader
+        self.bad = self.loader.bad
         self.stream = self._forever()
         self.micro = next(iter(next(self.stream)))
         trainer.display = Display(0, rank=1)

@@ -206,3 +206,17 @@ def test_pad_crop_mirrors_and_shifts_over_the_mean_colour(digits: Path, make_loa
 def test_augment_none_is_the_evaluation_view(digits: Path, make_loader: MakeLoader) -> None:
     micros = flat(make_loader(digits / "train", augment="none").epoch(1))[:2]
     assert torch.allclose(images(micros), reference(digits / "train", ids(micros)), atol=1e-6)
+
+
+def test_orientation_tags_are_not_applied(tmp_path: Path, make_loader: MakeLoader) -> None:
+    (tmp_path / "images" / "one").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "images" / "one" / "turned.jpg", exif=exif, quality=100)
+    make(sources.folder(tmp_path / "images"), tmp_path / "shards", ShardSize(samples=9))
+    index = Index.load(tmp_path / "shards" / "train")
+    assert (index.width[0], index.height[0]) == (40, 24)
+    (micro,) = make_loader(tmp_path / "shards" / "train", train=False, image_size=24).evaluation()
+    whole = reference(tmp_path / "shards" / "train", [0])
+    assert torch.allclose(micro.images, whole[..., 8:32], atol=1e-6)
