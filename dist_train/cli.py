@@ -114,10 +114,13 @@ def _bench(arguments: list[str]) -> int:
     parser.add_argument("what", choices=["loss", "step"])
     known, rest = parser.parse_known_args(arguments)
     if known.what == "loss":
-        from dist_train.bench.loss import run
-    else:
-        from dist_train.bench.step import run
-    return run(rest)
+        from dist_train.bench.loss import run as bench_loss
+
+        bench_loss(rest)
+        return 0
+    from dist_train.bench.step import run as bench_step
+
+    return bench_step(rest)
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -5,10 +5,11 @@ Every field carries a docstring line, which is its help on the command line.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dist_train.errors import ConfigError
 
@@ -141,16 +142,15 @@ class LossConfig(Section):
 
     preset: Literal["paper", "authors"] = "paper"
     """Where fields not given come from: the formula of the paper, or its authors' released code (the same with scale 10)."""
-    teachers: (
-        Literal["last", "next", "later", "ensemble", "best", "better", "none"]
-        | tuple[tuple[Annotated[float, Field(ge=0)], ...], ...]
-    ) = "last"
+    teachers: Literal["last", "next", "later", "ensemble", "best", "better", "none"] | tuple[tuple[float, ...], ...] = (
+        "last"
+    )
     """Teachers of an exit: last, next, all later ones, the ensemble of all, the best, all better later ones, none, or a matrix."""
     mix: Unit = 0.5
     """Share of distillation against labels, 0 to 1."""
-    label_weights: Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...] = 1.0
+    label_weights: float | tuple[float, ...] = 1.0
     """Weight of the labels: one number, or one per exit."""
-    distill_weights: Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...] = 1.0
+    distill_weights: float | tuple[float, ...] = 1.0
     """Weight of the distillation: one number, or one per exit (of the student)."""
     scale: Annotated[float, Field(gt=0)] = 2.0
     """Factor of the whole loss."""
@@ -160,7 +160,7 @@ class LossConfig(Section):
     """Value of the distillation term: cross_entropy to the teacher, or kl, which is 0 at agreement; same gradient."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a label that is spread evenly over the classes."""
-    temperature: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = 1.0
+    temperature: float | tuple[float, ...] = 1.0
     """Temperature of the distillation, at the start if it moves: one number, or one per exit."""
     temperature_rule: Literal["anneal", "constant", "schedule"] = "anneal"
     """anneal: times anneal_factor after each batch whose teacher is surer than anneal_above; schedule: a function of the step."""
@@ -178,6 +178,20 @@ class LossConfig(Section):
     def _fill_preset(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("preset") == "authors":
             return {"scale": 10.0, **given}
+        return given
+
+    @field_validator("teachers", "label_weights", "distill_weights", "temperature", mode="before")
+    @classmethod
+    def _check_numbers(cls, given: Any, info: ValidationInfo) -> Any:
+        numbers, positive = [given], info.field_name == "temperature"
+        while numbers:
+            number = numbers.pop()
+            if isinstance(number, list | tuple):
+                numbers.extend(number)
+            elif isinstance(number, int | float) and not (0 < number < math.inf or (number == 0 and not positive)):
+                raise ValueError(
+                    f"holds {number:g}; allowed is a finite number {'above' if positive else 'of at least'} 0"
+                )
         return given
 
     @model_validator(mode="after")

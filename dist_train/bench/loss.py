@@ -104,7 +104,9 @@ def bench_loss(json_path: str | Path | None = None, shapes: Sequence[tuple[int, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; forward and backward with all statistics, teachers: all later exits")
-    print(f"{'exits x batch x classes':>24}  dtype     way             ms   least MB   of copy   extra MB   times faster than it")
+    print(
+        f"{'exits x batch x classes':>24}  dtype     way             ms   least MB   of copy   extra MB   times faster than it"
+    )
     rows: list[Row] = []
     for shape in shapes:
         if device.type == "cpu" and shape[0] * shape[1] * shape[2] > CPU_LIMIT:
@@ -130,7 +132,11 @@ def _measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
     torch.manual_seed(0)
     logits = [torch.randn(batch, classes, device=device, dtype=dtype).requires_grad_() for _ in range(exits)]
     targets = torch.randint(classes, (batch,), device=device)
-    ways: dict[str, Objective] = {"pairs": pairwise, "compiled pairs": torch.compile(pairwise), "fused": fused(exits, device)}
+    ways: dict[str, Objective] = {
+        "pairs": pairwise,
+        "compiled pairs": torch.compile(pairwise),
+        "fused": fused(exits, device),
+    }
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         ways["liger pairs"] = pairwise_liger
     steps = {way: _step(objective, logits, targets) for way, objective in ways.items()}

@@ -137,10 +137,9 @@ def _chunk(
         if gradient is not grads:
             grads.copy_(gradient)
 
-    cross = _cross_entropies(warm.x, warm.p, warm.lse, finite)
-    entropies = cross.diagonal()
-    weighted = cross if weights is None else _cross_entropies(warm.x, q, warm.lse * weights, finite)
-    loss += ((weighted if constants.cross_entropy else weighted - weighted.diagonal()) * constants.values).sum()
+    cross = _cross_entropies(warm.x, q, warm.lse if weights is None else warm.lse * weights, finite)
+    kl = cross - cross.diagonal()
+    loss += ((cross if constants.cross_entropy else kl) * constants.values).sum()
     if finite is not None:
         loss *= torch.nan
     counted = labels.valid if finite is None else labels.valid & finite
@@ -148,7 +147,7 @@ def _chunk(
     hits = (_ranks(x, _judged(labels), room=plain.p) < _HITS) & counted
     nonfinite = 0 if finite is None else len(finite) - int(finite.sum())
     counts = torch.tensor([float(confidence), q.shape[1], int(counted.sum()), 0, nonfinite])
-    vector = [_where(counted, ce).sum(1), (cross - entropies).view(-1), hits.sum(2).view(-1), counts]
+    vector = [_where(counted, ce).sum(1), kl.view(-1), hits.sum(2).view(-1), counts]
     return loss, torch.cat(vector)
 
 
@@ -163,11 +162,15 @@ def _soften(x: Tensor) -> _Softened:
     return _Softened(x, p, -p.amax(-1).log())
 
 
-def _read_labels(targets: Tensor, second: Tensor | None, share: Tensor | None, classes: int, dtype: torch.dtype) -> _Labels:
+def _read_labels(
+    targets: Tensor, second: Tensor | None, share: Tensor | None, classes: int, dtype: torch.dtype
+) -> _Labels:
     if targets.is_floating_point():
         soft = targets.to(dtype)
         if not (bool(soft.amin() >= 0) and bool(soft.sum().isfinite())):
-            raise DataError("targets holds a share that is negative or not finite; allowed is 0 and above (a row of zeros: unlabeled)")
+            raise DataError(
+                "targets holds a share that is negative or not finite; allowed is 0 and above (a row of zeros: unlabeled)"
+            )
         return _Labels([soft.argmax(-1)], [], soft, soft.sum(-1) > 0)
     ids = [targets] if second is None else [targets, second]
     for labels in ids:
@@ -180,7 +183,9 @@ def _read_labels(targets: Tensor, second: Tensor | None, share: Tensor | None, c
     shares = []
     if share is not None:
         if not (bool(share.amin() >= 0) and bool(share.amax() <= 1)):
-            raise DataError(f"targets.share runs from {float(share.amin()):g} to {float(share.amax()):g}; allowed is 0 to 1")
+            raise DataError(
+                f"targets.share runs from {float(share.amin()):g} to {float(share.amax()):g}; allowed is 0 to 1"
+            )
         shares = [share.to(dtype), 1 - share.to(dtype)]
     valid = ids[0] >= 0 if second is None else (ids[0] >= 0) & (ids[1] >= 0)
     return _Labels([labels.clamp(min=0) for labels in ids], shares, None, valid)
@@ -233,7 +238,7 @@ def _label_terms(
 
 def _judged(labels: _Labels) -> Tensor:
     """The label [N] by which hits are counted: of two, the one with the larger share."""
-    return torch.where(labels.shares[0] >= 0.5, *labels.ids) if labels.shares else labels.ids[0]
+    return torch.where(labels.shares[0] >= 0.5, labels.ids[0], labels.ids[1]) if labels.shares else labels.ids[0]
 
 
 def _ranks(x: Tensor, ids: Tensor, room: Tensor) -> Tensor:
@@ -256,7 +261,7 @@ def _confidence(warm: _Softened, reader: list[float]) -> Tensor:
     """Largest probability [N] of the mixture of exits that ``reader`` describes."""
     if reader.count(0.0) == len(reader) - 1:
         return torch.exp(-warm.lse[reader.index(max(reader))])
-    return torch.tensordot(warm.p.new_tensor(reader), warm.p, 1).amax(-1)
+    return torch.einsum("m,mnk->nk", warm.p.new_tensor(reader), warm.p).amax(-1)
 
 
 def _cross_entropies(x: Tensor, q: Tensor, lse: Tensor, finite: Tensor | None) -> Tensor:

@@ -38,7 +38,7 @@ class ExitStats:
 
     @property
     def kl(self) -> Tensor:
-        """[M, M] Kullback-Leibler divergence of exit m (row) from exit t (column), both at their temperatures."""
+        """[M, M] divergence of exit m (row) from exit t (column) at their temperatures; weighted where samples have weights."""
         return self.vector[self.num_exits : self.num_exits * (self.num_exits + 1)].view(self.num_exits, self.num_exits)
 
     @property
@@ -87,12 +87,23 @@ torch.library.define(
 torch.library.impl(_NAME, "CPU")(exit_loss_cpu)
 
 
-@torch.library.register_fake(_NAME)
+@torch.library.impl(_NAME, "CUDA")
+def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from dist_train.kernels.gpu import exit_loss_gpu  # needs Triton, which a torch without CUDA lacks
+
+    return exit_loss_gpu(*arguments)
+
+
+@torch.library.register_fake(_NAME)  # type: ignore[untyped-decorator]
 def _fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     exits, first, with_grad = len(logits), logits[0], rest[-1]
+    (samples, classes), on_gpu = first.shape, first.device.type == "cuda"
     loss = first.new_empty((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
     vector = first.new_empty(exits * exits + 3 * exits + 5, dtype=torch.float32)
-    return loss, vector, first.new_empty((exits, *first.shape) if with_grad else (0, 0, 0))
+    if not with_grad:
+        return loss, vector, first.new_empty((0, 0, 0))
+    grads = first.new_empty((samples, exits, classes) if on_gpu else (exits, samples, classes))
+    return loss, vector, grads.transpose(0, 1) if on_gpu else grads
 
 
 class _ExitLoss(torch.autograd.Function):
@@ -117,15 +128,40 @@ class _ExitLoss(torch.autograd.Function):
 
 def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dist_train.exit_loss(*arguments)
+        return exit_loss(*arguments)
 
 
 # Not torch.library.register_autograd: its handling of tensor lists takes longer than the loss of a small batch.
 @torch.library.impl(_NAME, "Autograd")
 def _autograd(logits: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     if rest[-1] and torch.is_grad_enabled() and any(z.requires_grad for z in logits):
-        return _ExitLoss.apply(rest, *logits)
+        outputs: tuple[Tensor, Tensor, Tensor] = _ExitLoss.apply(rest, *logits)  # type: ignore[no-untyped-call]
+        return outputs
     return _below_autograd(logits, *rest)
 
 
-exit_loss = torch.ops.dist_train.exit_loss
+def exit_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, statistics and gradient of all exits on one micro batch; differentiable in the logits.
+
+    Args, in order:
+        logits: M tensors [N, K] of one dtype (fp16, bf16, fp32; on the CPU also fp64).
+        targets: [N] int64 labels, -100 for none; or [N, K] floating-point distributions, zeros for none.
+        second: [N] int64 second labels of mixed images, or None.
+        share: [N] share of the first label where there is a second.
+        weights: [N] weight of each sample's loss, or None.
+        teachers: [M, M] weight of teacher t (column) for student m (row), all factors but the temperature's included.
+        reader: [M] mixture of exits whose largest probability is the confidence.
+        label_weights: [M] weight of each exit's label loss.
+        temperature: [M] temperature of each exit's softmax in the distillation.
+        labeled: [] what the sum of label losses is divided by.
+        smoothing: share of the labels spread over the classes that are not masked by -inf.
+        cross_entropy: the value of the distillation is the cross-entropy to the teacher rather than the divergence.
+        with_grad: compute the gradient.
+
+    Returns:
+        The loss [] in float32 (float64 for fp64); the vector of :class:`ExitStats`; and N times the gradient [M, N, K]
+        in the dtype of the logits (empty without ``with_grad``).  N times, because a gradient of a large batch in fp16
+        would be rounded to 0 before the loss scale reaches it.
+    """
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.dist_train.exit_loss(*arguments)
+    return outputs

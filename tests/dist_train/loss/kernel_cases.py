@@ -1,0 +1,149 @@
+"""The Triton kernel in Triton's interpreter against the CPU's operator; run by test_kernel.py with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_train.config import LossConfig
+from dist_train.kernels.cpu import exit_loss_cpu
+from dist_train.kernels.gpu import exit_loss_gpu
+from dist_train.loss import ExitDistillation, ExitStats
+
+ACCURACY = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def arguments(logits, targets, second=None, share=None, weights=None, with_grad=True, labeled=3.0, **fields):
+    criterion = ExitDistillation.from_config(
+        LossConfig(**{"teachers": "later", "temperature": 2.0, **fields}), len(logits)
+    )
+    constants = (
+        criterion.teachers,
+        criterion.reader,
+        criterion.label_weights,
+        criterion.temperature,
+        torch.tensor(labeled),
+    )
+    config = criterion.config
+    rest = (config.label_smoothing, config.form == "cross_entropy", with_grad)
+    return (logits, targets, second, share, weights, *constants, *rest)
+
+
+def assert_same(given):
+    loss, vector, grads = exit_loss_gpu(*given)
+    right_loss, right_vector, right_grads = exit_loss_cpu(*given)
+    torch.testing.assert_close(loss, right_loss, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(vector, right_vector, rtol=1e-5, atol=1e-5)
+    assert grads.dtype == right_grads.dtype
+    assert grads.shape == right_grads.shape
+    atol = 2e-6 * float(right_grads.abs().max()) if grads.numel() else 0
+    torch.testing.assert_close(grads, right_grads, rtol=ACCURACY[grads.dtype], atol=atol)
+
+
+def random_logits(exits, samples, classes, dtype=torch.float32):
+    torch.manual_seed(exits + samples + classes)
+    return [(3 * torch.randn(samples, classes)).to(dtype) for _ in range(exits)]
+
+
+@pytest.mark.parametrize(
+    ("exits", "samples", "classes"), [(1, 1, 1), (3, 20, 10), (5, 2, 100), (7, 1, 33), (11, 2, 100), (16, 1, 5), (2, 2, 1000), (2, 1, 5000)]
+)  # fmt: skip
+def test_shapes(exits, samples, classes):
+    targets = torch.randint(classes, (samples,))
+    assert_same(arguments(random_logits(exits, samples, classes), targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_have_ties_too(dtype):
+    assert_same(arguments(random_logits(3, 6, 50, dtype), torch.randint(50, (6,))))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"form": "kl", "temperature": (1.0, 0.5, 3.0)},
+        {"teachers": "ensemble", "label_smoothing": 0.1},
+        {"teachers": "none"},
+        {"teachers": ((0, 2, 0.5), (0, 0, 1), (1, 0, 0)), "label_weights": (0, 1, 2)},
+        {"with_grad": False},
+        {"labeled": 0.5},
+    ],
+    ids=str,
+)
+def test_objectives(fields):
+    assert_same(arguments(random_logits(3, 4, 10), torch.tensor([1, -100, 9, 0]), **fields))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["labels", "soft", "mix"])
+def test_targets(kind, smoothing, weighted):
+    logits = random_logits(3, 4, 40)
+    targets, second, share = torch.tensor([1, -100, 39, 0]), None, None
+    if kind == "soft":
+        targets = torch.rand(4, 40).softmax(1)
+        targets[2] = 0
+    elif kind == "mix":
+        second, share = torch.tensor([2, 3, -100, 7]), torch.rand(4)
+    weights = torch.rand(4) if weighted else None
+    assert_same(arguments(logits, targets, second, share, weights, label_smoothing=smoothing))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_extreme_logits(smoothing):
+    logits = random_logits(3, 4, 40)
+    for z in logits:
+        z[:, ::3] = -torch.inf
+        z[0] *= 1e4
+        z[1] = 7.0
+    assert_same(arguments(logits, torch.tensor([1, 2, -100, 4]), label_smoothing=smoothing))
+
+
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf, "all -inf"], ids=str)
+def test_a_bad_sample(fault):
+    logits = random_logits(3, 4, 600)
+    if fault == "all -inf":
+        logits[1][2] = -torch.inf
+    else:
+        logits[1][2, 599] = fault
+    given = arguments(logits, torch.tensor([1, 0, 3, -100]))
+    loss, vector, grads = exit_loss_gpu(*given)
+    right_loss, right_vector, right_grads = exit_loss_cpu(*given)
+    assert loss.isnan()
+    assert right_loss.isnan()
+    torch.testing.assert_close(vector, right_vector, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, right_grads, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert grads.isnan().all(2).any(0).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_label_out_of_range_is_counted_and_spoils_its_own_gradient_only(mixed):
+    logits = random_logits(2, 5, 10)
+    good, bad = torch.tensor([1, 2, -100, 3, 4]), torch.tensor([1, 10, -100, 3, -7])
+    second, share = (torch.tensor([5, 5, 5, 5, 5]), torch.rand(5)) if mixed else (None, None)
+    loss, vector, grads = exit_loss_gpu(*arguments(logits, bad, second, share))
+    _, right_vector, right_grads = exit_loss_cpu(*arguments(logits, good, second, share))
+    stats, right = ExitStats(vector, 2), ExitStats(right_vector, 2)
+    assert loss.isnan()
+    assert (int(stats.bad_labels), int(stats.labeled), int(stats.samples)) == (2, 2, 5)
+    torch.testing.assert_close(stats.kl, right.kl, rtol=1e-5, atol=1e-5)
+    kept = torch.tensor([0, 2, 3])
+    assert grads[:, [1, 4]].isnan().all()
+    torch.testing.assert_close(grads[:, kept], right_grads[:, kept], rtol=1e-5, atol=1e-6)
+
+
+def test_strided_rows():
+    wide = torch.randn(3, 4, 30)
+    targets = torch.tensor([1, 2, 3, 4])
+    for rows in (
+        [z[:, 5:25] for z in wide],
+        [wide[0][:, :20], wide[1].T.contiguous().T[:, :20], wide[2][:, 5:25].contiguous()],
+    ):
+        assert_same(arguments(rows, targets))
+
+
+def test_no_samples():
+    loss, vector, grads = exit_loss_gpu(*arguments(random_logits(2, 0, 5), torch.zeros(0, dtype=torch.int64)))
+    assert loss == 0
+    assert not vector.any()
+    assert grads.shape == (2, 0, 5)
