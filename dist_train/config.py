@@ -266,7 +266,7 @@ class TrainConfig(Section):
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: what the processes share out among them (0 nothing, 1 optimizer state, 2 and gradients, 3 and weights)."""
     channels_last: bool = True
-    """Memory format of the activations."""
+    """Activations in training as NHWC, which convolutions in bf16 want, instead of NCHW."""
     sync_bn: bool = False
     """Batch-norm statistics over all processes (GPU only)."""
     compile: bool = False

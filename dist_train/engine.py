@@ -57,7 +57,9 @@ class Engine:
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of all exits, M tensors [N, K] in the autocast dtype, for images [N, 3, H, W]."""
-        return tuple(self._deepspeed(images))
+        # The weights stay contiguous (ZeRO cannot flatten others); convolutions follow the format of the images.
+        format = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
+        return tuple(self._deepspeed(images.contiguous(memory_format=format)))
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of one micro batch, averaged over passes and ranks; once per forward."""

@@ -77,7 +77,8 @@ class Plan:
             f"run       {self.config.folder}" + (f", goes on from {self.resumes}" if self.resumes else ", new"),
             f"data      {self.images} images, {self.classes} classes in {self.config.data.shards}/{self.config.data.train}",
             f"batch     {train.global_batch} = {self.world_size} processes x {self.passes} passes x {train.micro_batch}",
-            f"length    {self.total_steps} steps = {train.epochs} epochs x {self.steps_per_epoch}",
+            f"length    {self.total_steps} steps = {train.epochs} epochs x {self.steps_per_epoch}, the incomplete last batch "
+            + ("left out" if self.config.data.last_batch == "drop" else "filled up from the epoch's start"),
             "rate      " + "  ".join(f"step {step}: {rate:.3g}" for step, rate in self.learning_rates()),
             f"network   {self.config.model.name}",
             f"{'exit':>8}  {'multiply-adds':>14}  {'parameters':>11}",

@@ -38,35 +38,37 @@ class Display:
         self._task: Any = None
         self._start = time.perf_counter()
         self._first: int | None = None
-        self._handler: logging.Handler | None = None
         self._live = rank == 0 and sys.stdout.isatty()
 
     def __enter__(self) -> Display:
         if self._live:
+            from rich.highlighter import NullHighlighter
             from rich.logging import RichHandler
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
+            # Lines of the log must go above the bar instead of through it.  The bar takes standard output over, so the
+            # handler is looked for by its kind.
+            self._plain = next(handler for handler in log.handlers if type(handler) is logging.StreamHandler)
+            columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(TextColumn("step"), *columns)
             self._task = self._bar.add_task("", total=self.total)
             self._bar.start()
-            # Lines of the log must go above the bar instead of through it.
-            plain = next(h for h in log.handlers if isinstance(h, logging.StreamHandler) and h.stream is sys.stdout)
-            log.removeHandler(plain)
-            self._handler = RichHandler(console=self._bar.console, show_time=False, show_level=False, show_path=False)
-            log.addHandler(self._handler)
+            self._above = RichHandler(
+                console=self._bar.console,
+                show_time=False,
+                show_level=False,
+                show_path=False,
+                highlighter=NullHighlighter(),
+            )
+            log.removeHandler(self._plain)
+            log.addHandler(self._above)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live and self._handler is not None:
+        if self._live:
             self._bar.stop()
-            log.removeHandler(self._handler)
-            log.addHandler(logging.StreamHandler(sys.stdout))
+            log.removeHandler(self._above)
+            log.addHandler(self._plain)
 
     def step(self, step: int) -> None:
         """Show that a step is done."""

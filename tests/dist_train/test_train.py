@@ -1,7 +1,9 @@
 """Training as a whole, in real processes: resumed is uninterrupted, bit for bit, however it ended."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -234,6 +236,30 @@ def test_an_unreadable_image_is_named_and_replaced_or_ends_the_run_as_configured
     refused = command(*words, "--data.max_bad", 0, "--name", "strict")
     assert refused.returncode == 2
     assert key in refused.stderr + refused.stdout
+
+
+def test_a_terminal_gets_a_live_line_with_the_time_left_and_the_table_at_the_end(digits, tmp_path):
+    import pty
+
+    from dist_train.config_file import dump_config
+
+    config = settings(digits, tmp_path, "terminal", max_steps=6)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    terminal, end = pty.openpty()
+    words = [sys.executable, "-m", "dist_train", "train", str(path)]
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=end, stderr=end, env=os.environ | {"COLUMNS": "200", "TERM": "xterm"}
+    )
+    os.close(end)
+    output = b""
+    with contextlib.suppress(OSError):  # the end of a terminal's output
+        while block := os.read(terminal, 1 << 16):
+            output += block
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.decode())
+    assert process.wait() == 0, text
+    assert re.search(r"6/6 .*\d:\d\d:\d\d", text), text
+    assert "360 images, each once" in text
 
 
 def test_an_unreachable_tracking_server_is_said_once_and_costs_nothing_else(digits, tmp_path, command):
