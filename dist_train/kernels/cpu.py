@@ -59,6 +59,7 @@ class _Constants(NamedTuple):
     """Samples of the whole micro batch."""
 
 
+@torch.autocast("cpu", enabled=False)  # which would take the matrix products to bf16
 def exit_loss_cpu(
     logits: Sequence[Tensor],
     targets: Tensor,
@@ -133,15 +134,13 @@ def _chunk(
     loss = (smooth_ce * coefficients).sum()
     if grads is not None and gradient is not None:
         if finite is not None:
-            gradient[:, ~finite] = torch.nan
+            gradient[:, ~finite] = torch.nan  # also where a BLAS skips products with 0
         if gradient is not grads:
             grads.copy_(gradient)
 
     cross = _cross_entropies(warm.x, q, warm.lse if weights is None else warm.lse * weights, finite)
     kl = cross - cross.diagonal()
     loss += ((cross if constants.cross_entropy else kl) * constants.values).sum()
-    if finite is not None:
-        loss *= torch.nan
     counted = labels.valid if finite is None else labels.valid & finite
     confidence = _where(finite, _confidence(warm, constants.reader)).sum()
     hits = (_ranks(x, _judged(labels), room=plain.p) < _HITS) & counted

@@ -319,15 +319,17 @@ def exit_loss_gpu(
     warps, settings = launch_settings(exits, classes)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     partials = torch.empty((min(samples, 16 * processors // warps), columns), device=device)
-    exit_loss_kernel[(len(partials),)](
-        rows, rows[0].stride(0), targets.contiguous(), second, share, weights, teachers, teachers.sum(1), reader,
-        label_weights, temperature, LOG2E.value / temperature, labeled, partials, grads if with_grad else None, samples,
-        M=exits, K=classes, SOFT=targets.is_floating_point(), SMOOTHING=smoothing, num_warps=warps, **settings,
-    )  # fmt: skip
-    finish_kernel[(1,)](
-        partials.sum(0), vector, loss, teachers, temperature, samples,
-        M=exits, CROSS_ENTROPY=cross_entropy, BLOCK=triton.next_power_of_2(columns), num_warps=1,
-    )  # fmt: skip
+    second, share, weights = (None if t is None else t.contiguous() for t in (second, share, weights))
+    with torch.cuda.device_of(logits[0]):
+        exit_loss_kernel[(len(partials),)](
+            rows, rows[0].stride(0), targets.contiguous(), second, share, weights, teachers, teachers.sum(1), reader,
+            label_weights, temperature, LOG2E.value / temperature, labeled, partials, grads if with_grad else None, samples,
+            M=exits, K=classes, SOFT=targets.is_floating_point(), SMOOTHING=smoothing, num_warps=warps, **settings,
+        )  # fmt: skip
+        finish_kernel[(1,)](
+            partials.sum(0), vector, loss, teachers, temperature, samples,
+            M=exits, CROSS_ENTROPY=cross_entropy, BLOCK=triton.next_power_of_2(columns), num_warps=1,
+        )  # fmt: skip
     return loss, vector, grads.transpose(0, 1)
 
 

@@ -134,12 +134,12 @@ def test_a_label_out_of_range_is_counted_and_spoils_its_own_gradient_only(mixed)
 
 def test_strided_rows():
     wide = torch.randn(3, 4, 30)
-    targets = torch.tensor([1, 2, 3, 4])
+    targets, weights = torch.tensor([1, 0, 2, 0, 3, 0, 4, 0])[::2], torch.rand(8)[::2]
     for rows in (
         [z[:, 5:25] for z in wide],
         [wide[0][:, :20], wide[1].T.contiguous().T[:, :20], wide[2][:, 5:25].contiguous()],
     ):
-        assert_same(arguments(rows, targets))
+        assert_same(arguments(rows, targets, weights=weights))
 
 
 def test_no_samples():

@@ -320,6 +320,14 @@ def test_hits_are_those_of_sorting():
         assert int(stats.top5[m]) == int(hits[:, :5].sum())
 
 
+def test_hits_of_mixed_images_are_those_of_the_larger_share():
+    logits = torch.eye(3)
+    mix = LabelMix(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 2]), torch.tensor([0.6, 0.5, 0.4]))
+    assert ExitDistillation.from_config(LossConfig(), 1)([logits], mix).stats.top1.tolist() == [2]
+    soft = torch.tensor([[0.6, 0.4, 0], [0.4, 0.6, 0], [0, 0.4, 0.6]])
+    assert ExitDistillation.from_config(LossConfig(), 1)([logits], soft).stats.top1.tolist() == [3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_huge_and_equal_logits(plain, dtype):
     logits = [

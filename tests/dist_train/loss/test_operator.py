@@ -25,9 +25,9 @@ def test_it_is_a_well_behaved_operator():
         criterion.temperature,
         torch.tensor(6.0),
     )
-    torch.library.opcheck(
-        torch.ops.dist_train.exit_loss.default, (logits, labels, None, None, None, *constants, 0.1, False, True)
-    )
+    arguments = (logits, labels, None, None, None, *constants, 0.1, False, True)
+    torch.library.opcheck(torch.ops.dist_train.exit_loss.default, arguments)
+    assert [output.requires_grad for output in torch.ops.dist_train.exit_loss(*arguments)] == [True, False, False]
     torch.library.opcheck(
         torch.ops.dist_train.exit_loss.default,
         (logits, labels, labels, torch.rand(6), torch.rand(6), *constants, 0.0, True, False),
@@ -76,6 +76,16 @@ def test_loss_and_statistics_are_float32_and_only_the_loss_has_a_gradient(dtype)
     assert not quiet.loss.requires_grad
     assert torch.equal(quiet.stats.vector, out.stats.vector)
     assert torch.equal(quiet.loss, out.loss)
+
+
+@pytest.mark.parametrize("teachers", ["later", "better"])
+def test_autocast_leaves_it_in_float32(teachers):
+    criterion, logits, labels = make_case(5, 32, 100, teachers=teachers)
+    plain = criterion(logits, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = criterion(logits, labels)
+    assert torch.equal(plain.loss, cast.loss)
+    assert torch.equal(plain.stats.vector, cast.stats.vector)
 
 
 def test_some_exits_without_gradient():
