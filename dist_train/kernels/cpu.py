@@ -59,7 +59,6 @@ class _Constants(NamedTuple):
     """Samples of the whole micro batch."""
 
 
-@torch.autocast("cpu", enabled=False)  # which would take the matrix products to bf16
 def exit_loss_cpu(
     logits: Sequence[Tensor],
     targets: Tensor,

@@ -84,7 +84,12 @@ torch.library.define(
     "Tensor label_weights, Tensor temperature, Tensor labeled, float smoothing, bool cross_entropy, bool with_grad) "
     "-> (Tensor loss, Tensor statistics, Tensor gradients)",
 )
-torch.library.impl(_NAME, "CPU")(exit_loss_cpu)
+
+
+@torch.library.impl(_NAME, "CPU")
+def _cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast("cpu", enabled=False):  # which would take the matrix products to bf16
+        return exit_loss_cpu(*arguments)
 
 
 @torch.library.impl(_NAME, "CUDA")

@@ -320,7 +320,7 @@ def exit_loss_gpu(
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     partials = torch.empty((min(samples, 16 * processors // warps), columns), device=device)
     second, share, weights = (None if t is None else t.contiguous() for t in (second, share, weights))
-    with torch.cuda.device_of(logits[0]):
+    with torch.cuda.device_of(logits[0]):  # type: ignore[no-untyped-call]
         exit_loss_kernel[(len(partials),)](
             rows, rows[0].stride(0), targets.contiguous(), second, share, weights, teachers, teachers.sum(1), reader,
             label_weights, temperature, LOG2E.value / temperature, labeled, partials, grads if with_grad else None, samples,

@@ -27,34 +27,16 @@ def arms(kind: str, out: Path, images: str | None) -> tuple[Path, dict[str, list
     if kind == "digits":
         shards(out / "few", "digits", "--per-class", "10")
         shards(out / "semi", "digits", "--labels-per-class", "10")
-        few = [
-            "--data.shards",
-            str(out / "few"),
-            "--train.epochs",
-            "220",
-            "--train.global_batch",
-            "50",
-            "--train.micro_batch",
-            "50",
-        ]
-        semi = ["--data.shards", str(out / "semi"), "--train.micro_batch", "64"]
+        few = f"--data.shards {out / 'few'} --train.epochs 220 --train.global_batch 50 --train.micro_batch 50".split()
+        semi = f"--data.shards {out / 'semi'} --train.micro_batch 64".split()
         return ROOT / "configs" / "quickstart.yaml", {
             "labels alone": [*few, "--loss.teachers", "none"],
             "labels, distilled": [*few, "--loss.teachers", "last"],
             "labels and unlabeled images, distilled": [*semi, "--loss.teachers", "last"],
         }
     shards(out / "few", "folder", images or "", "--per-class", "150", "--val-per-class", "50")
-    common = [
-        "--data.shards",
-        str(out / "few"),
-        "--data.val",
-        "test",
-        "--train.epochs",
-        "60",
-        "--train.global_batch",
-        "50",
-    ]
-    common += ["--train.micro_batch", "50"]
+    common = f"--data.shards {out / 'few'} --data.val test --train.epochs 20".split()
+    common += ["--train.global_batch", "50", "--train.micro_batch", "50"]
     return ROOT / "configs" / "cifar10_laptop.yaml", {
         "labels alone": [*common, "--loss.teachers", "none"],
         "labels, distilled": [*common, "--loss.teachers", "last"],
