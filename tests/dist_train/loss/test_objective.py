@@ -242,6 +242,18 @@ def test_presets_are_the_paper_and_ten_elevenths_of_the_authors_sum():
     torch.testing.assert_close(paper, by_hand)
 
 
+def test_exitwise_baselines_are_the_label_part_of_the_presets_and_the_authors_plain_sum():
+    logits, labels = make_logits(5, 6, 10), torch.arange(6)
+    plain = sum(F.cross_entropy(z, labels) for z in logits)
+    for fields, factor in (
+        ({"teachers": "none"}, 1 / 5),
+        ({"preset": "authors", "teachers": "none"}, 5 / 5),
+        ({"teachers": "none", "mix": 0.0, **SUM}, 1.0),
+    ):
+        loss = ExitDistillation.from_config(LossConfig(**fields), 5)(logits, labels).loss
+        torch.testing.assert_close(loss, factor * plain)
+
+
 def test_best_and_better_follow_the_label_losses():
     labels = torch.zeros(4, dtype=torch.int64)
     right = torch.zeros(4, 5).index_fill_(1, torch.tensor([0]), 1.0)
