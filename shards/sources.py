@@ -63,14 +63,7 @@ class Source:
         Raises:
             DataError: there is no train split, or a class is too small.
         """
-        if "train" not in self.splits:
-            raise DataError("--per-class is given, but the source has no train split to take from")
-        by_class = self._train_by_class("few")
-        for name, items in zip(self.classes, by_class):
-            if len(items) < per_class:
-                raise DataError(
-                    f"--per-class is {per_class}, but class '{name}' has {len(items)} images; use at most that"
-                )
+        by_class = self._enough_by_class("few", "--per-class", per_class)
         return replace(
             self, splits={**self.splits, "train": [item for items in by_class for item in items[:per_class]]}
         )
@@ -81,17 +74,21 @@ class Source:
         Raises:
             DataError: there is no train split, or a class is too small.
         """
-        if "train" not in self.splits:
-            raise DataError("--labels-per-class is given, but the source has no train split")
-        by_class = self._train_by_class("labels")
-        for name, items in zip(self.classes, by_class):
-            if len(items) < per_class:
-                raise DataError(
-                    f"--labels-per-class is {per_class}, but class '{name}' has {len(items)} images; use at most that"
-                )
+        by_class = self._enough_by_class("labels", "--labels-per-class", per_class)
         kept = [item for items in by_class for item in items[:per_class]]
         others = [item._replace(label=UNLABELED) for items in by_class for item in items[per_class:]]
         return replace(self, splits={**self.splits, "train": kept + others})
+
+    def _enough_by_class(self, salt: str, option: str, per_class: int) -> list[list[Item]]:
+        if "train" not in self.splits:
+            raise DataError(f"{option} is given, but the source has no train split to take from")
+        by_class = self._train_by_class(salt)
+        for name, items in zip(self.classes, by_class):
+            if len(items) < per_class:
+                raise DataError(
+                    f"{option} is {per_class}, but class '{name}' has {len(items)} images; use at most that"
+                )
+        return by_class
 
     def _train_by_class(self, salt: str) -> list[list[Item]]:
         by_class: list[list[Item]] = [[] for _ in self.classes]
