@@ -13,7 +13,7 @@ import torch
 
 from dist_train import checkpoint
 from dist_train.checkpoint import Position, Snapshot, State
-from dist_train.config import Config, accumulation
+from dist_train.config import Config
 from dist_train.config_file import dump_config
 from dist_train.data.pipeline import GlobalBatch, Loader
 from dist_train.dist import Group, Ranks
@@ -81,7 +81,7 @@ class Trainer:
         self.rank = group.ranks.rank
         self.steps_per_epoch = ready.steps_per_epoch
         self.total_batches = config.train.epochs * ready.steps_per_epoch
-        self.passes = accumulation(config.train, group.ranks.world_size)
+        self.passes = ready.passes
         self.index = ready.train
         self.costs = exit_costs(ready.model, config.data.image_size)
         self.position = Position()
