@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import textwrap
@@ -13,6 +14,9 @@ from dist_train.errors import TrainingError, UserError
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
+BENCHES = ("loss", "step")
+"""What `bench` can measure: each is a module of dist_train.bench with a function run(arguments), which gives the exit code."""
 
 DESCRIPTION = """\
 Distributed training of multi-exit image classifiers by distillation.
@@ -111,16 +115,10 @@ def _eval(arguments: list[str]) -> int:
 
 def _bench(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("dist-train bench", description="Measure this machine.", add_help=False)
-    parser.add_argument("what", choices=["loss", "step"])
+    parser.add_argument("what", choices=BENCHES)
     known, rest = parser.parse_known_args(arguments)
-    if known.what == "loss":
-        from dist_train.bench.loss import run as bench_loss
-
-        bench_loss(rest)
-        return 0
-    from dist_train.bench.step import run as bench_step
-
-    return bench_step(rest)
+    status: int = importlib.import_module(f"dist_train.bench.{known.what}").run(rest)
+    return status
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -120,11 +120,12 @@ def bench_loss(json_path: str | Path | None = None, shapes: Sequence[tuple[int, 
     return rows
 
 
-def run(argv: Sequence[str] | None = None) -> None:
+def run(argv: Sequence[str] | None = None) -> int:
     """The verb ``dist-train bench loss``."""
     parser = argparse.ArgumentParser(prog="dist-train bench loss", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the measurements to this file")
     bench_loss(parser.parse_args(argv).json)
+    return 0
 
 
 def _measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> list[Row]:
