@@ -55,8 +55,13 @@ class _Constants(NamedTuple):
     """[M]."""
     smoothing: float
     cross_entropy: bool
-    samples: int
-    """Samples of the whole micro batch."""
+    headroom: int
+    """What the gradient is multiplied by."""
+
+
+def headroom(dtype: torch.dtype, samples: int) -> int:
+    """What the operator multiplies its gradient by: in fp16, that of a large batch would be rounded to 0 without it."""
+    return max(samples, 1) if dtype == torch.float16 else 1
 
 
 def exit_loss_cpu(
@@ -79,15 +84,16 @@ def exit_loss_cpu(
     exits, (samples, classes) = len(logits), logits[0].shape
     tau = temperature.to(dtype)[:, None]
     pairs = tau * teachers.to(dtype)
+    factor = headroom(logits[0].dtype, samples)
     constants = _Constants(
         tau[:, None] if set(temperature.tolist()) != {1.0} else None,
-        torch.diag(pairs.sum(1)) - pairs,
+        (torch.diag(pairs.sum(1)) - pairs) * (factor / max(samples, 1)),
         pairs * tau / max(samples, 1),
         (label_weights.to(dtype) / labeled)[:, None],
         reader.tolist(),
         smoothing,
         cross_entropy,
-        samples,
+        factor,
     )
     sums: list[tuple[Tensor, Tensor]] = []
     grads = logits[0].new_empty((exits, samples, classes) if with_grad else (0, 0, 0))
@@ -115,7 +121,7 @@ def exit_loss_cpu(
 def _chunk(
     logits: list[Tensor], labels: _Labels, weights: Tensor | None, constants: _Constants, grads: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss and statistics of some of the samples; writes N times their gradient."""
+    """Loss and statistics of some of the samples; writes their gradient."""
     x = torch.stack(logits).to(constants.mixing.dtype)
     x -= x.amax(-1, keepdim=True)
     plain = _soften(x)
@@ -129,7 +135,7 @@ def _chunk(
         gradient = grads if grads.dtype == q.dtype else torch.empty_like(q)
         # All weighted pairs together have the gradient of one cross-entropy to the mixed teachers.
         torch.mm(constants.mixing, q.view(len(q), -1), out=gradient.view(len(q), -1))
-    ce, smooth_ce = _label_terms(plain, labels, constants.smoothing, coefficients * constants.samples, gradient)
+    ce, smooth_ce = _label_terms(plain, labels, constants.smoothing, coefficients * constants.headroom, gradient)
     loss = (smooth_ce * coefficients).sum()
     if grads is not None and gradient is not None:
         if finite is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_train.kernels.cpu import exit_loss_cpu
+from dist_train.kernels.cpu import exit_loss_cpu, headroom
 
 
 class ExitStats:
@@ -127,8 +127,18 @@ class _ExitLoss(torch.autograd.Function):
         (grads,) = ctx.saved_tensors
         if loss is None:
             return None, *[None] * len(grads)
-        # A new tensor: the saved one must survive for a second backward pass.
-        return None, *(grads * (loss / max(grads.shape[1], 1))).unbind(0)
+        factor = loss / headroom(grads.dtype, grads.shape[1])
+        # The gradient is given away as it is, which saves writing it again, unless a second backward pass is to come;
+        # what the compiler traces must not change in place.
+        if torch._C._autograd._get_current_graph_task_keep_graph() or type(grads) is not Tensor:
+            return None, *(grads * factor).unbind(0)
+        if grads.is_cuda:
+            from dist_train.kernels.gpu import scale_gradients_gpu
+
+            scale_gradients_gpu(grads, factor)
+        elif float(factor) != 1:
+            grads.mul_(factor)
+        return None, *grads.unbind(0)
 
 
 def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,9 +174,8 @@ def exit_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         with_grad: compute the gradient.
 
     Returns:
-        The loss [] in float32 (float64 for fp64); the vector of :class:`ExitStats`; and N times the gradient [M, N, K]
-        in the dtype of the logits (empty without ``with_grad``).  N times, because a gradient of a large batch in fp16
-        would be rounded to 0 before the loss scale reaches it.
+        The loss [] in float32 (float64 for fp64); the vector of :class:`ExitStats`; and the gradient [M, N, K] in the
+        dtype of the logits, times :func:`headroom` (empty without ``with_grad``).
     """
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.dist_train.exit_loss(*arguments)
     return outputs

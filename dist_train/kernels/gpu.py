@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dist_train.kernels.cpu import headroom
+
 MASKED = tl.constexpr(-1e30)  # what a logit of -inf counts as in sums: 0 times it must be 0
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -21,11 +23,11 @@ INFINITY = tl.constexpr(float("inf"))
 @triton.jit
 def exit_loss_kernel(
     logits, stride, targets, second, share, weights, teachers, row_sums, reader, label_weights, temperature, rates, labeled,
-    partials, grads, samples,
+    partials, grads, samples, headroom,
     M: tl.constexpr, K: tl.constexpr, SOFT: tl.constexpr, SMOOTHING: tl.constexpr,
     WIDE: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the samples of one program, into its row of ``partials``, and N times the gradient of each sample.
+    """Sums over the samples of one program, into its row of ``partials``, and the gradient of each sample, times headroom.
 
     A sample's logits are read twice, the second time from the cache: exit by exit for sums over the classes, then class
     by class, all exits at once, for pairs and gradient.  Sums over pairs stay to the end in the lanes that made them.
@@ -52,9 +54,9 @@ def exit_loss_kernel(
         # A bad label or a logit that is not finite makes the sample's gradient and the loss NaN.
         factor = tl.where(good, weight * per_label, tl.where(given, float("nan"), 0.0))
         pairs, confidence = _second_reading(
-            n, logits, stride, targets, label, other, part, mass, factor * samples, weight,
+            n, logits, stride, targets, label, other, part, mass, factor * headroom, weight,
             teachers, row_sums, reader, label_weights, temperature, rates,
-            tops, totals, warms, evens, pairs, grads, samples, tl.where(finite, K, 0),
+            tops, totals, warms, evens, pairs, grads, headroom / samples, tl.where(finite, K, 0),
             M, K, SOFT, SMOOTHING, LANES, SLOTS,
         )  # fmt: skip
         counted = good & finite
@@ -187,7 +189,7 @@ def _shares(row, top, targets, K: tl.constexpr, SOFT: tl.constexpr, WIDE: tl.con
 def _second_reading(
     n, logits, stride, targets, label, other, part, mass, factor, weight,
     teachers, row_sums, reader, label_weights, temperature, rates,
-    tops, totals, warms, evens, pairs, grads, samples, stop,
+    tops, totals, warms, evens, pairs, grads, scale, stop,
     M: tl.constexpr, K: tl.constexpr, SOFT: tl.constexpr, SMOOTHING: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Adds the sample's sums over pairs, writes its gradient (NaN from the class ``stop``), returns the teacher's confidence."""
@@ -215,7 +217,7 @@ def _second_reading(
         if grads is not None:
             for m in tl.static_range(M):
                 _write_gradient(
-                    m, n, start, targets, label, other, part, mass, factor * tl.load(label_weights + m), weight,
+                    m, n, start, targets, label, other, part, mass, factor * tl.load(label_weights + m), weight * scale,
                     teachers, tl.load(row_sums + m), tl.load(temperature + m), totals[m], warms[m], evens[m], logs, qs,
                     grads + n * (M * K) + m * K, M, K, SOFT, SMOOTHING, LANES, SLOTS,
                 )  # fmt: skip
@@ -317,13 +319,13 @@ def exit_loss_gpu(
     stride = logits[0].stride(0)
     rows = tuple(logits) if all(z.stride() == (stride, 1) for z in logits) else tuple(z.contiguous() for z in logits)
     warps, settings = launch_settings(exits, classes)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    partials = torch.empty((min(samples, 16 * processors // warps), columns), device=device)
+    partials = torch.empty((min(samples, 16 * _processors(device) // warps), columns), device=device)
     second, share, weights = (None if t is None else t.contiguous() for t in (second, share, weights))
     with torch.cuda.device_of(logits[0]):  # type: ignore[no-untyped-call]
         exit_loss_kernel[(len(partials),)](
             rows, rows[0].stride(0), targets.contiguous(), second, share, weights, teachers, teachers.sum(1), reader,
             label_weights, temperature, LOG2E.value / temperature, labeled, partials, grads if with_grad else None, samples,
+            headroom(logits[0].dtype, samples),
             M=exits, K=classes, SOFT=targets.is_floating_point(), SMOOTHING=smoothing, num_warps=warps, **settings,
         )  # fmt: skip
         finish_kernel[(1,)](
@@ -331,6 +333,29 @@ def exit_loss_gpu(
             M=exits, CROSS_ENTROPY=cross_entropy, BLOCK=triton.next_power_of_2(columns), num_warps=1,
         )  # fmt: skip
     return loss, vector, grads.transpose(0, 1)
+
+
+@triton.jit
+def scale_kernel(gradients, factor, size, BLOCK: tl.constexpr):
+    """Multiplies in place; by 1, which is the usual case, it does not touch the gradients."""
+    scale = tl.load(factor).to(tl.float32)
+    if scale != 1.0:
+        for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+            place = start + tl.arange(0, BLOCK).to(tl.int64)
+            values = tl.load(gradients + place, mask=place < size).to(tl.float32)
+            tl.store(gradients + place, values * scale, mask=place < size)
+
+
+def scale_gradients_gpu(gradients: Tensor, factor: Tensor) -> None:
+    """Multiply gradients [M, N, K], as :func:`exit_loss_gpu` gives them, by ``factor`` [] without waiting for it."""
+    with torch.cuda.device_of(gradients):  # type: ignore[no-untyped-call]
+        scale_kernel[(_processors(gradients.device) * 8,)](
+            gradients.transpose(0, 1), factor, gradients.numel(), BLOCK=2048
+        )
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch_settings(exits: int, classes: int) -> tuple[int, dict[str, int]]:

@@ -7,7 +7,7 @@ import torch
 
 from dist_train.config import LossConfig
 from dist_train.kernels.cpu import exit_loss_cpu
-from dist_train.kernels.gpu import exit_loss_gpu
+from dist_train.kernels.gpu import exit_loss_gpu, scale_gradients_gpu
 from dist_train.loss import ExitDistillation, ExitStats
 
 ACCURACY = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -147,3 +147,12 @@ def test_no_samples():
     assert loss == 0
     assert not vector.any()
     assert grads.shape == (2, 0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.0, -2.5, float("nan")])
+def test_gradients_are_scaled_in_place(dtype, factor):
+    gradients = torch.randn(70, 3, 33).to(dtype).transpose(0, 1)
+    expected = (gradients.float() * factor).to(dtype)
+    scale_gradients_gpu(gradients, torch.tensor(factor))
+    torch.testing.assert_close(gradients, expected, rtol=ACCURACY[dtype], atol=0, equal_nan=True)

@@ -63,6 +63,7 @@ def test_compiled_without_spilled_registers(tmp_path, monkeypatch, architecture,
         "targets": "*i64",
         "stride": "i32",
         "samples": "i32",
+        "headroom": "i32",
     }
     constants = {"M": exits, "K": classes, "SOFT": False, "SMOOTHING": 0.0} | settings
     compiled = compile_for(architecture, exit_loss_kernel, types, constants, num_warps=warps, **options)

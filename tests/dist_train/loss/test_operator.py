@@ -63,6 +63,28 @@ def test_the_gradient_is_written_out_of_place_and_can_be_had_twice():
         torch.testing.assert_close(gradient, 2 * half)
 
 
+def test_a_single_backward_pass_gives_the_gradient_away_without_writing_it_again():
+    criterion, logits, labels = make_case()
+    constants = (criterion.teachers, criterion.reader, criterion.label_weights, criterion.temperature)
+    for factor in (1, 3):
+        loss, _, made = torch.ops.dist_train.exit_loss(
+            logits, labels, None, None, None, *constants, torch.tensor(6.0), 0.0, True, True
+        )
+        before = made.clone()
+        given = torch.autograd.grad(factor * loss, logits)
+        assert [gradient.data_ptr() for gradient in given] == [gradient.data_ptr() for gradient in made]
+        assert torch.equal(torch.stack(given), factor * before)
+
+
+def test_a_large_batch_in_fp16_keeps_its_gradient():
+    criterion, logits, labels = make_case(2, 4096, 200, dtype=torch.float16)
+    scale = 2.0**15
+    small = torch.autograd.grad(scale * criterion(logits, labels).loss, logits)
+    right = torch.autograd.grad(criterion([z.float() for z in logits], labels).loss * scale, logits)
+    for gradient, expected in zip(small, right):
+        torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=float(expected.abs().max()) * 1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loss_and_statistics_are_float32_and_only_the_loss_has_a_gradient(dtype):
     criterion, logits, labels = make_case(dtype=dtype)
