@@ -123,6 +123,8 @@ class Watch:
             while len(self._reports()) < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
             reports = self._reports()
+            if any(report.error for report in reports.values()):
+                time.sleep(GRACE_SECONDS / 2)  # its own traceback first
             text = f"{verdict(reports, self.world_size)}; see {self.folder}"
             log.error("%s", text)  # on the screen by rank 0, else in this rank's log
             if self.rank and self.rank == min(
