@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import socket
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,8 +115,9 @@ class Trainer:
         self.loader = self._loader(ready, training=True)
         self.metrics = MetricsFile(config.folder / "metrics.jsonl")
         self.tracker: Tracker | None = None
-        if self.rank == 0:
-            self.environment = describe_environment(group.ranks)
+        hosts = group.gather(socket.gethostname())
+        if hosts is not None:
+            self.environment = describe_environment(group.ranks, hosts)
             self._open_folder()
             self.tracker = Tracker(config, self.environment.tags)
             watch.at_end = functools.partial(self.tracker.close, "FAILED", timeout=10)
