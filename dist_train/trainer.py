@@ -31,7 +31,7 @@ from dist_train.optim import learning_rate
 from dist_train.preflight import Preflight, preflight
 from dist_train.progress import Display, set_up_logging
 from dist_train.tracking import Tracker, ui_command
-from dist_train.watch import Watch
+from dist_train.watch import JOIN, Watch
 
 log = logging.getLogger("dist_train")
 
@@ -67,10 +67,12 @@ def train(config: Config) -> Run:
     if ranks.device.type == "cpu":
         ranks.pin()
     torch.set_num_threads(ranks.threads)
+    watch = Watch(config.faults, config.folder, ranks.rank, ranks.world_size)
     checkpoint.seed_random(config.seed)
     ready = preflight(config, ranks)
     set_up_logging(ranks.rank, config.folder)
-    with Watch(config.faults, config.folder, ranks.rank, ranks.world_size) as watch, StopRequests() as requests:
+    with watch, StopRequests() as requests:
+        watch.enter(JOIN)
         group = Group(ranks, config.faults.group_minutes, watch.enter)
         return Trainer(config, ready, group, requests, watch).run()
 
@@ -98,6 +100,7 @@ class Trainer:
         if snapshot:
             ready.model.load_state_dict(snapshot.model)
         self.criterion = ExitDistillation.from_config(config.loss, cast(int, ready.model.num_exits)).to(group.device)
+        group.enter("DALI")
         self.evaluator = Evaluator(
             copy.deepcopy(ready.model),
             self._loader(ready, training=False),
@@ -105,13 +108,16 @@ class Trainer:
             self.criterion,
             config.train.precision,
         )
+        group.enter("DeepSpeed")
         self.engine = Engine(ready.model, config, group)
+        group.enter("restoring")
         self.meter = Meter(self.criterion.num_exits, group)
         self.stopwatch = Stopwatch(group.device)
         checkpoint.seed_random(config.seed + 1 + self.rank)
         if snapshot:
             self._restore(snapshot)
         self.nonfinite = NonFinite(config.faults.max_nonfinite, self.position.nonfinite)
+        group.enter("DALI")
         self.loader = self._loader(ready, training=True)
         self.metrics = MetricsFile(config.folder / "metrics.jsonl")
         self.tracker: Tracker | None = None
@@ -192,7 +198,7 @@ class Trainer:
                 logits = self.engine.forward(micro.images)
                 loss, stats = self.criterion(logits, micro.labels, labeled=labeled)
             self.stopwatch.add(waited)
-            self.group.enter("backward pass and reduction of the gradient")
+            self.group.enter("backward pass")
             self.engine.backward(loss)
             confidence += torch.stack([stats.confidence, stats.samples])
             self.meter.add(stats.vector, loss, len(micro.ids), waited)

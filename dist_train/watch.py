@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from dist_train.config import FaultConfig
 from dist_train.errors import UserError
 
@@ -23,6 +25,9 @@ log = logging.getLogger("dist_train")
 TICK_SECONDS = 1.0
 GRACE_SECONDS = 4.0
 """How long a rank waits for the reports of the others."""
+
+JOIN = "process group"
+"""What a rank does until all others are there as well."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class Watch:
         self.rank = rank
         self.world_size = world_size
         self._steps = self._batch = self._phase = 0
-        self._doing, self._since = "start", time.monotonic()
+        self._doing, self._since = "checks", time.monotonic()
+        self._joined = False
+        self._start = {"imports": time.time() - psutil.Process().create_time()}
         self._limit = 60 * faults.first_step_minutes
         self.at_end: Callable[[], None] | None = None
         """What is left to do, briefly, when the watch ends the process."""
@@ -78,13 +85,21 @@ class Watch:
 
     def step(self, step: int, batch: int) -> None:
         """Note that a global batch is done; from the first one on, ``faults.timeout_minutes`` holds."""
+        if self._batch == 0:
+            self.enter("first step")
+            parts = ", ".join(f"{doing} {seconds:.2f} s" for doing, seconds in self._start.items())
+            log.info("first step after %.2f s: %s", sum(self._start.values()), parts)
         self._steps, self._batch, self._phase = step, batch, 0
         self._limit = 60 * self.faults.timeout_minutes
 
     def enter(self, doing: str) -> None:
         """Note what this rank begins to do, or does again: a wait for data, a pass, a collective."""
+        now = time.monotonic()
+        if self._batch == 0:
+            self._start[self._doing] = self._start.get(self._doing, 0.0) + now - self._since
+        self._joined |= self._doing == JOIN
         self._phase += doing != self._doing
-        self._doing, self._since = doing, time.monotonic()
+        self._doing, self._since = doing, now
 
     def fail(self, error: Exception) -> None:
         """Report the exception of this rank; does not return where it only follows from the end of another one."""
@@ -109,8 +124,8 @@ class Watch:
         while not self._stop.wait(min(TICK_SECONDS, self._limit / 4)):
             # Should some extension hold the interpreter for ever, this thread stands still, and these stacks are left.
             faulthandler.dump_traceback_later(self._limit + 60, exit=True)
-            joined = self._phase + self._batch > 0
-            if time.monotonic() - self._since > self._limit or (joined and self._reports().keys() - {self.rank}):
+            late = time.monotonic() - self._since > self._limit
+            if late or (self._joined and self._reports().keys() - {self.rank}):
                 self._end()
 
     def _end(self) -> None:
