@@ -90,7 +90,7 @@ class Display:
             f"waiting {100 * metrics['speed/waiting_for_data']:.0f} %"
         )
         since, self._line = self._line, time.perf_counter()
-        if (seconds := metrics.get("speed/seconds_for_slowest", 0.0)) > SLOW * (self._line - since):
+        if (seconds := metrics.get("speed/seconds_for_slowest", 0.0)) > max(0.1, SLOW * (self._line - since)):
             text += f"  rank {metrics['speed/slowest_rank']:.0f} is slow, the others waited {seconds:.1f} s"
         if self._live:
             self._bar.update(self._task, description=text)

@@ -87,7 +87,7 @@ class Watch:
         """Note that a global batch is done; from the first one on, ``faults.timeout_minutes`` holds."""
         if self._batch == 0:
             self.enter("first step")
-            parts = ", ".join(f"{doing} {seconds:.2f} s" for doing, seconds in self._start.items())
+            parts = ", ".join(f"{doing} {seconds:.2f} s" for doing, seconds in self._start.items() if seconds > 0.005)
             log.info("first step after %.2f s: %s", sum(self._start.values()), parts)
         self._steps, self._batch, self._phase = step, batch, 0
         self._limit = 60 * self.faults.timeout_minutes

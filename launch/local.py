@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"launch.local: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return start(processes, ["train", known.config, *overrides])
 
 
@@ -38,7 +40,7 @@ def start(processes: int, arguments: list[str], module: str = "dist_train") -> i
     """Run ``python -m MODULE ARGUMENTS`` on that many processes of this machine; returns their exit code."""
     node = Node(Place({"localhost": processes}, 0, "127.0.0.1", free_port()), module, arguments)
     stop_on_signals(node.stop)
-    return node.wait()
+    return node.run()
 
 
 def _processes(wanted: int | None) -> int:

@@ -45,11 +45,22 @@ class Node:
     """The launcher of one node and its ranks, in a session of their own: a Ctrl-C reaches them only through :meth:`stop`."""
 
     def __init__(self, place: Place, module: str, arguments: list[str]) -> None:
-        environment = os.environ | _environment(list(place.slots.values())[place.number])
-        self._child = subprocess.Popen(
-            place.command(module, arguments), env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        self._command = place.command(module, arguments)
+        self._environment = os.environ | _environment(list(place.slots.values())[place.number])
+        self._child: subprocess.Popen[bytes] | None = None
         self.asked = 0
+        """How often the node was asked to stop."""
+
+    def run(self) -> int:
+        """Start all and wait for them; the exit code of the first rank that failed, 128 + N for signal N, or 0."""
+        self._child = subprocess.Popen(
+            self._command, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        if self.asked:
+            self.kill()
+        code = self._child.wait()
+        signal_number = -code if code < 0 else 256 - code if code > 192 else 0  # the launcher exits with -N itself
+        return 128 + signal_number if signal_number else code
 
     def stop(self) -> None:
         """Ask the ranks to save and end, at once where none has started yet; asked a second time, end them at once."""
@@ -58,22 +69,17 @@ class Node:
         if self.asked > 1 or not ranks:
             self.kill()
         for rank in ranks:
-            _send(rank, signal.SIGTERM)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.terminate()
 
     def kill(self) -> None:
         """End launcher and ranks at once."""
-        for process in [*self._ranks(), psutil.Process(self._child.pid)] if self._child.poll() is None else []:
-            _send(process, signal.SIGKILL)
-
-    def wait(self) -> int:
-        """Wait for all; the exit code of the first rank that failed, 128 + N for signal N, or 0."""
-        code = self._child.wait()
-        signal_number = -code if code < 0 else 256 - code if code > 192 else 0  # the launcher exits with -N itself
-        return 128 + signal_number if signal_number else code
+        if self._child and self._child.poll() is None:
+            os.killpg(self._child.pid, signal.SIGKILL)
 
     def _ranks(self) -> list[psutil.Process]:
         try:
-            return psutil.Process(self._child.pid).children()
+            return psutil.Process(self._child.pid).children() if self._child else []
         except psutil.NoSuchProcess:
             return []
 
@@ -103,12 +109,7 @@ def main() -> int:
 
     threading.Thread(target=obey, daemon=True).start()
     stop_on_signals(node.stop)
-    return node.wait()
-
-
-def _send(process: psutil.Process, number: int) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
+    return node.run()
 
 
 def _environment(processes: int) -> dict[str, str]:

@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"launch.nodes: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     port = known.master_port or free_port()
     places = [Place(hosts, number, master, port) for number in range(len(hosts))]
     return Nodes(places, ["train", known.config, *overrides]).wait()

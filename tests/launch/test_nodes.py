@@ -36,7 +36,7 @@ def hosts(tmp_path):
     shutil.copy(home / "user.pub", home / "authorized")
     port = free_port()
     (home / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nListenAddress 127.0.0.2\nHostKey {home}/host\nPidFile none\n"
+        f"Port {port}\nHostKey {home}/host\nPidFile none\n"
         f"AuthorizedKeysFile {home}/authorized\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
         "PermitRootLogin yes\n"
     )
@@ -52,21 +52,36 @@ def hosts(tmp_path):
     wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {home}/config "$@"\n')
     wrapper.chmod(0o755)
     Path("/run/sshd").mkdir(exist_ok=True)
-    # A core for each rank, as in a run on one machine: two threads would sum in another order than one.
-    core = min(os.sched_getaffinity(0))
-    server = subprocess.Popen(
-        [SSHD, "-D", "-e", "-f", home / "sshd_config"],
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    )
-    while subprocess.run([wrapper, "node2", "true"], stderr=subprocess.DEVNULL).returncode:
-        assert server.poll() is None
-        time.sleep(0.1)
+    # A core for each node, as the ranks of one machine have: two threads would sum in another order than one.
+    cores = sorted(os.sched_getaffinity(0))
+    servers = [
+        subprocess.Popen(
+            ["taskset", "-c", str(cores[n % len(cores)]), SSHD, "-D", "-e", "-f", home / "sshd_config",
+             "-o", f"ListenAddress=127.0.0.{n + 1}"],
+            stderr=subprocess.DEVNULL,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    for number, server in enumerate(servers, start=1):
+        while subprocess.run([wrapper, f"node{number}", "true"], stderr=subprocess.DEVNULL).returncode:
+            assert server.poll() is None
+            time.sleep(0.1)
     hostfile = tmp_path / "hosts"
     hostfile.write_text("# two nodes\nnode1 slots=1\nnode2 slots=1  # the second one\n")
-    yield hostfile, os.environ | {"PATH": f"{wrapper.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    server.kill()
-    server.wait()
+    # PYTHONPATH and FAULT must arrive on the nodes: the network is found by the one, rank 1 is slow by the other.
+    yield (
+        hostfile,
+        os.environ
+        | {
+            "PATH": f"{wrapper.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+            "FAULT": "slow:1:0",
+            "DS_ACCELERATOR": "cpu",
+        },
+    )
+    for server in servers:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture
@@ -76,8 +91,7 @@ def config(digits, tmp_path):
         "name": "nodes",
         "runs": str(tmp_path),
         "data": {"shards": str(digits), "flip": False},
-        "model": {"exits": 2, "base": 1, "scales": 2, "growth": 2, "initial_channels": 4, "head_width": 8,
-                  "growth_factors": [1, 2], "bottleneck_factors": [1, 2]},
+        "model": {"name": "faulty:network", "exits": ["body"]},
         "train": {"global_batch": 32, "micro_batch": 16, "epochs": 1, "max_steps": 6},
         "tracking": {"uri": "off", "log_every": 2},
     }  # fmt: skip
@@ -112,9 +126,10 @@ def test_two_nodes_train_what_one_machine_trains_bit_for_bit(hosts, config, tmp_
         (tmp_path / "plain.yaml").write_text(config.read_text())
         runs["deepspeed"] = [*launcher, "--module", "dist_train", "train", tmp_path / "plain.yaml"]
     for name, words in runs.items():
-        result = run([*words, "--name", name], environment | {"DS_ACCELERATOR": "cpu"})
+        result = run([*words, "--name", name], environment)
         assert result.returncode == 0, result.stdout
         assert "360 images, each once" in result.stdout
+        assert "rank 1 is slow" in result.stdout or name == "deepspeed", result.stdout
         got, expected = weights(tmp_path / name), weights(tmp_path / "local")
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[key], expected[key]) for key in expected), name
@@ -124,7 +139,7 @@ def test_the_end_of_the_launcher_reaches_every_node(hosts, config, tmp_path):
     hostfile, environment = hosts
     words = [sys.executable, "-m", "launch.nodes", "--hostfile", str(hostfile), str(config)]
     metrics = tmp_path / "nodes" / "metrics.jsonl"
-    for number, steps in ((signal.SIGINT, 300), (signal.SIGKILL, 600)):
+    for number, steps in ((signal.SIGINT, 300), (signal.SIGKILL, 301)):
         words += ["--train.max_steps", str(steps), "--train.epochs", "20"]
         before = len(read_metrics(metrics)) if metrics.exists() else 0
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
