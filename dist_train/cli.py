@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from dist_train.errors import TrainingError, UserError
@@ -15,7 +16,7 @@ from dist_train.errors import TrainingError, UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
-BENCHES = ("loss", "step")
+BENCHES = ("loss", "start", "step")
 """What `bench` can measure: each is a module of dist_train.bench with a function run(arguments), which gives the exit code."""
 
 DESCRIPTION = """\
@@ -24,7 +25,8 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train plan CONFIG     what a run would do: costs, steps, memory, learning rate, data; trains nothing
   dist-train train CONFIG    train; the same command again goes on where it ended
   dist-train eval RUN        accuracy of every exit of a run or checkpoint, each image once
-  dist-train bench WHAT      measure this machine: loss, step
+  dist-train sync RUN        send MLflow what it missed of a run while its server was away
+  dist-train bench WHAT      measure this machine: loss, start, step
   dist-train doctor          what is installed and what this machine can do
 
 Any field of CONFIG can be overridden: --section.key value.  `dist-train train --help` lists them.
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run one verb and return the exit code."""
     verbs: dict[str, Callable[[list[str]], int]] = {
-        "plan": _plan, "train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor,
+        "plan": _plan, "train": _train, "eval": _eval, "sync": _sync, "bench": _bench, "doctor": _doctor,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help"):
         print(DESCRIPTION, end="")
@@ -110,6 +112,19 @@ def _eval(arguments: list[str]) -> int:
     evaluation = evaluate(known.run, known.split, known.shards)
     if os.environ.get("RANK", "0") == "0":
         print(table(evaluation, costs_of(known.run)))
+    return 0
+
+
+def _sync(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "dist-train sync", description="Send MLflow what it does not have yet of a run; again, it changes nothing."
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    known = parser.parse_args(arguments)
+    from dist_train.tracking import sync
+
+    result = sync(known.run)
+    print(f"{known.run}: {result.lines} lines sent; MLflow at {result.uri} has run {result.run_id}, {result.status}")
     return 0
 
 

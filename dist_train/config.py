@@ -307,7 +307,14 @@ class FaultConfig(Section):
     max_nonfinite: Positive = 10
     """Steps in a row with a gradient that is not finite, before the run stops."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
-    """Longest wait for the other processes."""
+    """Longest time without progress, such as a wait for the other processes; then all report to faults/ and end."""
+    first_step_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """The same before the first step is done: starting on many nodes and compiling take longer."""
+
+    @property
+    def group_minutes(self) -> float:
+        """Timeout of the process group: late enough that the reports come first."""
+        return max(self.timeout_minutes, self.first_step_minutes) + 1
 
 
 class Config(Section):

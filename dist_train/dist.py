@@ -6,9 +6,10 @@ import atexit
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -55,13 +56,36 @@ class Ranks:
 
     @property
     def threads(self) -> int:
-        """Cores for this process: those that it may use, divided among the processes that share them.
+        """Cores for this process: its fair share of those that it may use."""
+        return max(1, len(self._share()))
 
-        A launcher that pins each process to its own cores has divided them already; the pinned share is kept.
+    def pin(self) -> None:
+        """Keep this process to its share of the cores, so that the processes of a machine do not take turns on them."""
+        share = self._share()
+        if share and self.local_world_size > 1:
+            os.sched_setaffinity(0, share)
+
+    def _share(self) -> list[int]:
+        """The cores of this process, as many for each process of this machine; none where there are fewer than processes.
+
+        A launcher that has given each process cores of its own has divided them already.
         """
-        available = len(os.sched_getaffinity(0))
-        pinned = available < (os.cpu_count() or 1)
-        return max(1, available if pinned else available // self.local_world_size)
+        mine = os.sched_getaffinity(0)
+        inherited = mine == os.sched_getaffinity(os.getppid()) or str(len(mine)) == os.environ.get("SLURM_CPUS_ON_NODE")
+        if not inherited or self.local_world_size == 1:
+            return sorted(mine)
+        size = len(mine) // self.local_world_size
+        return sorted(mine, key=_place_of_core)[self.local_rank * size : (self.local_rank + 1) * size]
+
+
+def _place_of_core(cpu: int) -> tuple[int, int, int]:
+    """Socket, core and number of a logical CPU: sorted by it, threads of one core are neighbours."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    try:
+        package, core = (int((topology / name).read_text()) for name in ("physical_package_id", "core_id"))
+    except (OSError, ValueError):
+        package = core = 0
+    return package, core, cpu
 
 
 class Group:
@@ -71,8 +95,10 @@ class Group:
     second group on the CPU, so that they never wait for work queued on a GPU.
     """
 
-    def __init__(self, ranks: Ranks, timeout_minutes: float) -> None:
+    def __init__(self, ranks: Ranks, timeout_minutes: float, enter: Callable[[str], None] = lambda doing: None) -> None:
         self.ranks = ranks
+        self.enter = enter
+        """Called with what this rank begins to do, so that a hang can be told."""
         self.device = ranks.device
         timeout = timedelta(minutes=timeout_minutes)
         if self.device.type == "cuda":
@@ -95,6 +121,7 @@ class Group:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""
+        self.enter("sum over the ranks")
         if self.ranks.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -103,12 +130,14 @@ class Group:
         """Each flag, true if it is true on any rank."""
         if self.ranks.world_size == 1:
             return flags
+        self.enter("agreement of the ranks")
         votes = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control)
         return tuple(bool(vote) for vote in votes.tolist())
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, a small picklable object, on all ranks."""
+        self.enter("broadcast from rank 0")
         box = [value]
         if self.ranks.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self._control)
@@ -118,6 +147,7 @@ class Group:
         """The values of all ranks in a list on rank 0, None elsewhere."""
         if self.ranks.world_size == 1:
             return [value]
+        self.enter("gathering on rank 0")
         box: list[T] | None = [value] * self.ranks.world_size if self.ranks.rank == 0 else None
         dist.gather_object(value, box, dst=0, group=self._control)
         return box

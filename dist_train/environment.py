@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -24,11 +23,14 @@ class Environment:
 
     command: list[str]
     versions: dict[str, str]
-    host: str
+    hosts: list[str]
+    """Of every process, in the order of the ranks."""
     processes: int
     device: str
+    nodes: int
     commit: str | None
     job: str | None
+    array_job: str | None
 
     def json(self) -> str:
         """As JSON text."""
@@ -39,16 +41,17 @@ class Environment:
         """As tags of an MLflow run: what may change from one start of a run to the next."""
         tags = {
             "command": " ".join(self.command),
-            "host": self.host,
+            "hosts": ", ".join(dict.fromkeys(self.hosts)),
+            "nodes": str(self.nodes),
             "processes": str(self.processes),
             "device": self.device,
         }
-        optional = {"commit": self.commit, "slurm_job": self.job}
+        optional = {"commit": self.commit, "slurm_job": self.job, "slurm_array_job": self.array_job}
         return tags | {key: value for key, value in optional.items() if value}
 
 
-def describe_environment(ranks: Ranks) -> Environment:
-    """The environment of this process."""
+def describe_environment(ranks: Ranks, hosts: list[str]) -> Environment:
+    """The environment of this process, among those on these hosts."""
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -57,11 +60,13 @@ def describe_environment(ranks: Ranks) -> Environment:
     return Environment(
         command=["dist-train", *sys.argv[1:]],
         versions={"python": platform.python_version()} | installed_versions(),
-        host=socket.gethostname(),
+        hosts=hosts,
         processes=ranks.world_size,
         device=device,
+        nodes=max(1, ranks.world_size // ranks.local_world_size),
         commit=_commit(),
         job=os.environ.get("SLURM_JOB_ID"),
+        array_job=os.environ.get("SLURM_ARRAY_JOB_ID"),
     )
 
 

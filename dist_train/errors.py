@@ -21,3 +21,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on, although the configuration is right."""
+
+
+class TrackingError(UserError):
+    """A run cannot be mirrored in MLflow."""

@@ -78,7 +78,9 @@ class Evaluator:
         if weights is not None:
             self.model.load_state_dict(weights)
         totals = ExitStats.zeros(self.criterion.num_exits, self.group.device).vector.double()
+        self.group.enter("evaluation")
         for micro in self.loader.evaluation():
+            self.group.enter("evaluation")
             with autocast(self.precision, self.group.device):
                 logits = self.model(micro.images)
             totals += self.criterion(logits, micro.labels).stats.vector
@@ -120,7 +122,7 @@ def evaluate(path: str | Path, split: str | None = None, shards: str | Path | No
         )
     ranks = Ranks.from_env()
     model = checkpoint.load_model(path)
-    group = Group(ranks, config.faults.timeout_minutes)
+    group = Group(ranks, config.faults.group_minutes)
     loader = Loader(
         index, data.shards / split, data, train=False, seed=config.seed, global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size, device=group.device,

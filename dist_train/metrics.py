@@ -34,21 +34,31 @@ class Meter:
         self._passes += 1
         self._waited += waited
 
-    def take(self) -> dict[str, float]:
-        """Means over all that was added on all ranks since the last call, as metrics; all ranks must call."""
+    def take(self, own_seconds: float) -> dict[str, float]:
+        """Means over all that was added on all ranks since the last call, as metrics; all ranks must call.
+
+        ``own_seconds`` is what this rank took since then without waiting for others (see :class:`Stopwatch`).
+        """
         from dist_train.loss import ExitStats
 
         assert self._sums is not None
         assert self._loss is not None
         seconds = time.perf_counter() - self._since
         host = torch.tensor([self._images, self._waited / seconds], dtype=torch.float64, device=self._sums.device)
-        total = self.group.sum(torch.cat([self._sums, self._loss.reshape(1), host])).cpu()
         ranks = self.group.ranks.world_size
+        own = torch.zeros(ranks, dtype=torch.float64, device=self._sums.device)
+        own[self.group.ranks.rank] = own_seconds
+        total = self.group.sum(torch.cat([own, self._sums, self._loss.reshape(1), host])).cpu()
+        own, total = total[:ranks], total[ranks:]
         stats = ExitStats(total[:-3], self.num_exits)
         metrics = {"train/loss": float(total[-3]) / (ranks * self._passes)} | exit_metrics(stats, "train")
         metrics["train/teacher_confidence"] = float(stats.confidence / stats.samples)
         metrics["speed/images_per_second"] = float(total[-2]) / seconds
         metrics["speed/waiting_for_data"] = float(total[-1]) / ranks
+        if ranks > 1:
+            slowest = int(own.argmax())
+            metrics["speed/slowest_rank"] = float(slowest)
+            metrics["speed/seconds_for_slowest"] = float(own[slowest] - (own.sum() - own[slowest]) / (ranks - 1))
         self._reset()
         return metrics
 
@@ -71,6 +81,46 @@ class Meter:
         self._images = self._passes = 0
         self._waited = 0.0
         self._since = time.perf_counter()
+
+
+class Stopwatch:
+    """Seconds that this rank's device works between entering and leaving, summed; a GPU is not waited for until they are due.
+
+    Forward passes and waits for data are timed: at ZeRO 0 to 2 they contain no collective, so that a slow rank is told
+    from those that wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._events.append((start, end))
+            self._events[-1][0].record()
+        else:
+            self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._start
+
+    def add(self, seconds: float) -> None:
+        """Add time that the host has measured."""
+        self._seconds += seconds
+
+    def take(self) -> float:
+        """The sum since the last call."""
+        seconds = self._seconds
+        for start, end in self._events:
+            end.synchronize()
+            seconds += start.elapsed_time(end) / 1000
+        self._seconds, self._events = 0.0, []
+        return seconds
 
 
 def exit_metrics(stats: ExitStats, prefix: str) -> dict[str, float]:

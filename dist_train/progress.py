@@ -10,6 +10,9 @@ from typing import Any
 
 log = logging.getLogger("dist_train")
 
+SLOW = 0.05
+"""Share of the time from which on it is said that the others wait for the slowest rank."""
+
 
 def set_up_logging(rank: int, folder: Path | None = None) -> None:
     """Send the log to standard output on rank 0, and on every rank to ``log/rankN.txt`` of a run folder."""
@@ -36,7 +39,7 @@ class Display:
         self.total = total_steps
         self._bar: Any = None
         self._task: Any = None
-        self._start = time.perf_counter()
+        self._start = self._line = time.perf_counter()
         self._first: int | None = None
         self._live = rank == 0 and sys.stdout.isatty()
 
@@ -86,6 +89,9 @@ class Display:
             f"lr {metrics['train/learning_rate']:.2g}  {metrics['speed/images_per_second']:.0f} img/s  "
             f"waiting {100 * metrics['speed/waiting_for_data']:.0f} %"
         )
+        since, self._line = self._line, time.perf_counter()
+        if (seconds := metrics.get("speed/seconds_for_slowest", 0.0)) > max(0.1, SLOW * (self._line - since)):
+            text += f"  rank {metrics['speed/slowest_rank']:.0f} is slow, the others waited {seconds:.1f} s"
         if self._live:
             self._bar.update(self._task, description=text)
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import socket
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,16 +21,17 @@ from dist_train.data.pipeline import GlobalBatch, Loader
 from dist_train.dist import Group, Ranks
 from dist_train.engine import Engine, Update
 from dist_train.environment import describe_environment
-from dist_train.errors import TrainingError
+from dist_train.errors import TrainingError, UserError
 from dist_train.evaluation import Evaluation, Evaluator, table, write_report
 from dist_train.health import NonFinite, StopRequests
 from dist_train.loss import ExitDistillation
-from dist_train.metrics import Meter, MetricsFile
+from dist_train.metrics import Meter, MetricsFile, Stopwatch
 from dist_train.models.cost import exit_costs
 from dist_train.optim import learning_rate
 from dist_train.preflight import Preflight, preflight
 from dist_train.progress import Display, set_up_logging
 from dist_train.tracking import Tracker, ui_command
+from dist_train.watch import JOIN, Watch
 
 log = logging.getLogger("dist_train")
 
@@ -62,22 +65,26 @@ def train(config: Config) -> Run:
     """
     ranks = Ranks.from_env()
     if ranks.device.type == "cpu":
-        torch.set_num_threads(ranks.threads)
+        ranks.pin()
+    torch.set_num_threads(ranks.threads)
+    watch = Watch(config.faults, config.folder, ranks.rank, ranks.world_size)
     checkpoint.seed_random(config.seed)
     ready = preflight(config, ranks)
     set_up_logging(ranks.rank, config.folder)
-    group = Group(ranks, config.faults.timeout_minutes)
-    with StopRequests() as requests:
-        return Trainer(config, ready, group, requests).run()
+    with watch, StopRequests() as requests:
+        watch.enter(JOIN)
+        group = Group(ranks, config.faults.group_minutes, watch.enter)
+        return Trainer(config, ready, group, requests, watch).run()
 
 
 class Trainer:
     """One run on one rank; every method is called on all ranks together."""
 
-    def __init__(self, config: Config, ready: Preflight, group: Group, requests: StopRequests) -> None:
+    def __init__(self, config: Config, ready: Preflight, group: Group, requests: StopRequests, watch: Watch) -> None:
         self.config = config
         self.group = group
         self.requests = requests
+        self.watch = watch
         self.rank = group.ranks.rank
         self.steps_per_epoch = ready.steps_per_epoch
         self.total_batches = config.train.epochs * ready.steps_per_epoch
@@ -93,6 +100,7 @@ class Trainer:
         if snapshot:
             ready.model.load_state_dict(snapshot.model)
         self.criterion = ExitDistillation.from_config(config.loss, cast(int, ready.model.num_exits)).to(group.device)
+        group.enter("DALI")
         self.evaluator = Evaluator(
             copy.deepcopy(ready.model),
             self._loader(ready, training=False),
@@ -100,19 +108,25 @@ class Trainer:
             self.criterion,
             config.train.precision,
         )
+        group.enter("DeepSpeed")
         self.engine = Engine(ready.model, config, group)
+        group.enter("restoring")
         self.meter = Meter(self.criterion.num_exits, group)
+        self.stopwatch = Stopwatch(group.device)
         checkpoint.seed_random(config.seed + 1 + self.rank)
         if snapshot:
             self._restore(snapshot)
         self.nonfinite = NonFinite(config.faults.max_nonfinite, self.position.nonfinite)
+        group.enter("DALI")
         self.loader = self._loader(ready, training=True)
         self.metrics = MetricsFile(config.folder / "metrics.jsonl")
         self.tracker: Tracker | None = None
-        if self.rank == 0:
-            self.environment = describe_environment(group.ranks)
+        hosts = group.gather(socket.gethostname())
+        if hosts is not None:
+            self.environment = describe_environment(group.ranks, hosts)
             self._open_folder()
             self.tracker = Tracker(config, self.environment.tags)
+            watch.at_end = functools.partial(self.tracker.close, "FAILED", timeout=10)
         self._last_save = time.monotonic()
         self._saved_batch = self.position.batch if snapshot else -1
         self._saved_path = path if self.rank == 0 else None
@@ -136,6 +150,11 @@ class Trainer:
             return self._close(finished=not stopped)
         except KeyboardInterrupt:
             status = "KILLED"
+            raise
+        except UserError:
+            raise
+        except Exception as error:
+            self.watch.fail(error)
             raise
         finally:
             self.loader.close()
@@ -169,18 +188,25 @@ class Trainer:
         labeled = max(1, batch.labeled) / (self.group.ranks.world_size * self.passes)
         confidence = torch.zeros(2, device=self.group.device)
         update: Update | None = None
+        self.group.enter("wait for data")
         waiting_since = time.perf_counter()
         total = torch.zeros((), device=self.group.device)
         for number, micro in enumerate(batch, start=1):
             waited = time.perf_counter() - waiting_since
-            logits = self.engine.forward(micro.images)
-            loss, stats = self.criterion(logits, micro.labels, labeled=labeled)
+            self.group.enter("forward pass")
+            with self.stopwatch:
+                logits = self.engine.forward(micro.images)
+                loss, stats = self.criterion(logits, micro.labels, labeled=labeled)
+            self.stopwatch.add(waited)
+            self.group.enter("backward pass")
             self.engine.backward(loss)
             confidence += torch.stack([stats.confidence, stats.samples])
             self.meter.add(stats.vector, loss, len(micro.ids), waited)
             last = number == self.passes
+            self.group.enter("update")
             update = self.engine.update(rate if last else None)
             total += loss.detach()
+            self.group.enter("wait for data")
             waiting_since = time.perf_counter()
         assert update is not None
         self.update = update
@@ -191,6 +217,7 @@ class Trainer:
                 self.group.sum(confidence)
             self.criterion.end_batch(confidence)
         self._check_update(update, total)
+        self.watch.step(self.position.step, self.position.batch)
         self.display.step(self.position.batch)
 
     def _check_update(self, update: Update, loss: torch.Tensor) -> None:
@@ -238,6 +265,7 @@ class Trainer:
                 self._point(folder, "best", self._saved_path)
             return
         ranks = self.group.gather(self._rank_tensors())
+        self.group.enter("checkpoint")
         weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
         averaged = self.engine.averaged_weights()
         self._last_save, self._saved_batch, self._saved_path = time.monotonic(), self.position.batch, None
@@ -300,7 +328,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------- words and numbers
 
     def _log_training(self) -> None:
-        metrics = self.meter.take()
+        metrics = self.meter.take(self.stopwatch.take())
         metrics |= {
             "train/temperature": float(self.criterion.temperature.mean()),
             "train/learning_rate": self._learning_rate(self.position.step - 1),
@@ -393,6 +421,7 @@ class Trainer:
                 log.info("changed since then: %s", change)
 
     def _close(self, finished: bool) -> Run:
+        self.group.agree(finished)  # a launcher ends the others when one leaves: not before the checkpoint is written
         run = Run(self.config.folder, self.position, finished, self.evaluation)
         if self.rank:
             return run

@@ -62,6 +62,7 @@ def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) ->
     from dist_train.health import StopRequests
     from dist_train.preflight import preflight
     from dist_train.trainer import Trainer
+    from dist_train.watch import Watch
 
     ranks = Ranks.from_env()
     if ranks.device.type == "cpu":
@@ -80,7 +81,8 @@ def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) ->
     torch.manual_seed(0)
     ready = preflight(config, ranks)
     with StopRequests() as requests:
-        trainer = Trainer(config, ready, group, requests)
+        watch = Watch(config.faults, folder, ranks.rank, ranks.world_size)
+        trainer = Trainer(config, ready, group, requests, watch)
         bare = _BareLoop(config, len(ready.train.classes), group)
         feed = _Feed(trainer, steps)
         variants: dict[str, Callable[[], None]] = {

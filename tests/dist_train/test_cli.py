@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from dist_train import cli
 from dist_train.config_file import dump_config, make_config
 
+ROOT = Path(__file__).parents[2]
 MODEL = {"exits": 2, "base": 1, "step": 1, "scales": 2, "growth": 2, "initial_channels": 4, "head_width": 8,
          "growth_factors": [1, 2], "bottleneck_factors": [1, 2]}  # fmt: skip
 
@@ -148,7 +151,7 @@ def test_help_lists_every_field(command):
 
 
 def test_verbs(command, capsys):
-    assert "use one of plan, train, eval, bench, doctor" in refused(capsys, "trian", "x.yaml")
+    assert "use one of plan, train, eval, sync, bench, doctor" in refused(capsys, "trian", "x.yaml")
     shown = command("dist_train", "doctor")
     assert shown.returncode == 0, shown.stdout
     assert "A run can start here." in shown.stdout
@@ -158,3 +161,21 @@ def test_more_processes_than_the_machine_has_are_refused(config, command):
     result = command("launch.local", "-n", 999, config)
     assert result.returncode == 2
     assert "-n is 999" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "unwanted"),
+    [
+        (["--help"], ["torch", "pydantic", "numpy"]),
+        (["plan", "CONFIG"], ["deepspeed", "nvidia.dali", "mlflow", "matplotlib", "sklearn", "rich", "submitit"]),
+        (["sync", "FOLDER"], ["torch.distributed.fsdp", "deepspeed", "nvidia.dali", "mlflow", "matplotlib"]),
+    ],
+)
+def test_a_verb_imports_no_more_than_it_needs(config, tmp_path, words, unwanted):
+    words = [{"CONFIG": str(config), "FOLDER": str(tmp_path)}.get(word, word) for word in words]
+    code = f"import sys; from dist_train import cli; cli.run({words}); print(*sys.modules, file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    modules = result.stderr.split()
+    assert "dist_train.cli" in modules
+    assert not set(unwanted) & set(modules)

@@ -89,3 +89,39 @@ def test_the_plain_deepspeed_launcher_works_as_well(config, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 processes" in result.stdout
     assert "360 images, each once" in result.stdout
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing_behind(config):
+    process = start(config)
+    while not psutil.Process(process.pid).children():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    launcher = psutil.Process(process.pid).children()[0]
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode not in (0, 75)
+    assert "Traceback" not in output
+    assert not launcher.is_running()
+    assert not ranks_of(config)
+
+
+def shares(_):
+    before = sorted(os.sched_getaffinity(0))
+    from dist_train.dist import Ranks
+
+    ranks = Ranks.from_env()
+    ranks.pin()
+    return before, sorted(os.sched_getaffinity(0)), ranks.threads
+
+
+def test_the_ranks_of_a_machine_divide_its_cores_and_keep_what_a_launcher_gave(ranks):
+    cores = sorted(os.sched_getaffinity(0))
+    for processes in (1, 2, len(cores) + 1):
+        found = ranks(shares, processes, None)
+        size = len(cores) // processes
+        assert all(before == cores and threads == max(1, size) for before, _, threads in found)
+        if size:
+            mine = [core for _, share, _ in found for core in share]
+            assert len(mine) == len(set(mine)) == size * processes
+        else:
+            assert all(share == cores for _, share, _ in found)

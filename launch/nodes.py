@@ -1,0 +1,204 @@
+"""Start a run's processes on several nodes over ssh, with DeepSpeed's launcher on each of them.
+
+python -m launch.nodes --hostfile hosts CONFIG [--section.key value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from dist_train.dist import free_port
+from dist_train.errors import ConfigError, UserError
+from launch.node import GRACE_SECONDS, Place, stop_on_signals
+
+REACH_SECONDS = 25
+"""How long a node may take to answer before the start."""
+
+SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
+
+OWN = re.compile(
+    r"(HOME|USER|LOGNAME|SHELL|MAIL|HOSTNAME|HOST|PWD|OLDPWD|SHLVL|_|TERM|DISPLAY|TMPDIR|(SSH|XDG|DBUS|LC|SLURM|PMI)_.*|"
+    r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES|BASH_FUNC.*)"
+)
+"""Variables that belong to a node or a login; all others go along."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check configuration and nodes here, once; then start the processes and wait for them.  Returns their exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m launch.nodes",
+        description="Train on several nodes over ssh; all of them see the same folders under the same names.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--hostfile", type=Path, required=True, help="a line 'HOST slots=PROCESSES' per node")
+    parser.add_argument("--master-addr", metavar="ADDRESS", help="address of the first node (default: as ssh knows it)")
+    parser.add_argument("--master-port", type=int, metavar="PORT", help="port there (default: one that is free here)")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    known, overrides = parser.parse_known_args(arguments)
+    try:
+        hosts = read_hostfile(known.hostfile)
+        _check_run(known.config, overrides, sum(hosts.values()))
+        _check_nodes(hosts, known.config)
+        master = known.master_addr or _address(next(iter(hosts)))
+    except UserError as error:
+        print(f"launch.nodes: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    port = known.master_port or free_port()
+    places = [Place(hosts, number, master, port) for number in range(len(hosts))]
+    return Nodes(places, ["train", known.config, *overrides]).wait()
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Processes by host of a hostfile as DeepSpeed reads it: ``HOST slots=N`` per line, # starts a comment.
+
+    Raises:
+        ConfigError: the file cannot be read, has a bad line (the message has its number), a host twice, or none.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); give a file with a line 'HOST slots=N' per node"
+        ) from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        match = re.fullmatch(r"([^\s=-][^\s=]*)\s+slots=([1-9]\d*)", text)
+        if text and not match:
+            raise ConfigError(f"{path} line {number}: is {text!r}; write HOST slots=N, for instance node1 slots=8")
+        if match and match[1] in hosts:
+            raise ConfigError(f"{path} line {number}: {match[1]} comes twice; give each host once, with all its slots")
+        if match:
+            hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"{path}: names no host; write a line HOST slots=N per node, for instance node1 slots=8")
+    return hosts
+
+
+class Nodes:
+    """The ssh connections of a run, one per node; the end of a connection's stdin stops the processes at its other end."""
+
+    def __init__(self, places: Sequence[Place], arguments: list[str]) -> None:
+        self._asked = False
+        self._links = [self._start(place, arguments) for place in places]
+        self._hosts = list(places[0].slots)
+
+    def _start(self, place: Place, arguments: list[str]) -> subprocess.Popen[str]:
+        host = list(place.slots)[place.number]
+        order = {
+            "environment": {name: value for name, value in os.environ.items() if not OWN.fullmatch(name)},
+            "place": asdict(place), "module": "dist_train", "arguments": arguments,
+        }  # fmt: skip
+        words = [*SSH, host, _remote([sys.executable, "-m", "launch.node"])]
+        link = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        assert link.stdin
+        try:
+            link.stdin.write(json.dumps(order) + "\n")
+            link.stdin.flush()
+        except BrokenPipeError:
+            pass  # its exit code says the same
+        return link
+
+    def stop(self) -> None:
+        """Ask all ranks to save and end; asked a second time, end them at once."""
+        self._asked = True
+        for link in self._links:
+            try:
+                assert link.stdin
+                link.stdin.write("stop\n")
+                link.stdin.flush()
+            except (BrokenPipeError, ValueError):
+                pass
+
+    def wait(self) -> int:
+        """Wait for all nodes; one that fails ends the others.  The exit code of the first that failed, or 0."""
+        stop_on_signals(self.stop)
+        first = 0
+        running = dict(zip(self._hosts, self._links))
+        deadline = float("inf")
+        while running:
+            for host, link in list(running.items()):
+                if (code := link.poll()) is None:
+                    continue
+                del running[host]
+                if code and not first:
+                    first = code if code > 0 else 128 - code
+                    deadline = time.monotonic() + GRACE_SECONDS
+                    if code == 255:
+                        print(f"launch.nodes: the connection to {host} is lost", file=sys.stderr)
+                    if not self._asked:
+                        self.stop()
+            if time.monotonic() > deadline:
+                for link in running.values():
+                    link.kill()
+            time.sleep(0.1)
+        return first
+
+
+def _remote(command: list[str]) -> str:
+    """A command for a node's shell: in this working directory, with this process's way to find modules."""
+    path = shlex.quote(os.environ.get("PYTHONPATH", ""))
+    return f"cd {shlex.quote(os.getcwd())} && PYTHONPATH={path} exec {shlex.join(command)}"
+
+
+def _check_run(path: str, overrides: list[str], processes: int) -> None:
+    from dist_train.config_file import load_config
+    from dist_train.dist import Ranks
+    from dist_train.preflight import preflight
+
+    preflight(load_config(path, *overrides), Ranks(0, processes, 0, processes))
+
+
+def _check_nodes(hosts: dict[str, int], config: str) -> None:
+    """Ask all nodes at once for folder, Python, configuration and GPUs; raise ConfigError for the first that has not."""
+    probe = (
+        f"test -r {shlex.quote(config)} || {{ echo 'has no {config}' in {shlex.quote(os.getcwd())}; exit 3; }} >&2; "
+        f"test -x {sys.executable} || {{ echo 'has no {sys.executable}'; exit 3; }} >&2; nvidia-smi -L 2>/dev/null | wc -l"
+    )
+    command = f"cd {shlex.quote(os.getcwd())} && {{ {probe}; }}"
+
+    def ask(host: str) -> str:
+        try:
+            result = subprocess.run(
+                [*SSH, host, command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=REACH_SECONDS
+            )
+        except FileNotFoundError:
+            return "cannot be reached, because this machine has no ssh; install an ssh client"
+        except subprocess.TimeoutExpired:
+            return f"cannot be reached: no answer in {REACH_SECONDS} s"
+        said = (result.stderr.strip().splitlines() or [""])[-1]
+        if result.returncode == 255:
+            return f"cannot be reached by ssh without a password ({said})"
+        if result.returncode:
+            return f"{said}; all nodes must see the same folders"
+        gpus = int(result.stdout.split()[-1])
+        return f"has {gpus} GPUs, but slots={hosts[host]}; correct the hostfile" if 0 < gpus < hosts[host] else ""
+
+    with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
+        for host, problem in zip(hosts, pool.map(ask, hosts)):
+            if problem:
+                raise ConfigError(f"node {host} {problem}")
+
+
+def _address(host: str) -> str:
+    """The address by which the other nodes reach a host: as ssh's configuration has it."""
+    result = subprocess.run(["ssh", "-G", host], capture_output=True, text=True)
+    names = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("hostname ")]
+    return names[0] if names else host
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Several nodes over a real sshd on loopback addresses: the same run as on one machine, bit for bit."""
+
+import getpass
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_train.config_file import dump_config, make_config
+from dist_train.dist import free_port
+from dist_train.errors import ConfigError
+from dist_train.metrics import read_metrics
+from launch.nodes import read_hostfile
+
+ROOT = Path(__file__).parents[2]
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Two host names, node1 and node2, that ssh finds at 127.0.0.1 and 127.0.0.2, in a hostfile of one process each."""
+    if SSHD is None or shutil.which("ssh") is None:
+        pytest.skip("no sshd or no ssh here: install openssh-server and openssh-client")
+    home = tmp_path / "ssh"
+    home.mkdir(mode=0o700)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", home / name], check=True)
+    shutil.copy(home / "user.pub", home / "authorized")
+    port = free_port()
+    (home / "sshd_config").write_text(
+        f"Port {port}\nHostKey {home}/host\nPidFile none\n"
+        f"AuthorizedKeysFile {home}/authorized\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
+        "PermitRootLogin yes\n"
+    )
+    (home / "config").write_text(
+        "".join(f"Host node{n}\n  HostName 127.0.0.{n}\n  Port {port}\n" for n in (1, 2))
+        + f"Host silent\n  HostName 127.0.0.3\n  Port {free_port()}\n"
+        + f"Host *\n  User {getpass.getuser()}\n  IdentityFile {home}/user\n  StrictHostKeyChecking no\n"
+        "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+    )
+    # The launchers call `ssh`: this one reads the test's configuration.
+    wrapper = home / "bin" / "ssh"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {home}/config "$@"\n')
+    wrapper.chmod(0o755)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    # A core for each node, as the ranks of one machine have: two threads would sum in another order than one.
+    cores = sorted(os.sched_getaffinity(0))
+    servers = [
+        subprocess.Popen(
+            ["taskset", "-c", str(cores[n % len(cores)]), SSHD, "-D", "-e", "-f", home / "sshd_config",
+             "-o", f"ListenAddress=127.0.0.{n + 1}"],
+            stderr=subprocess.DEVNULL,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    for number, server in enumerate(servers, start=1):
+        while subprocess.run([wrapper, f"node{number}", "true"], stderr=subprocess.DEVNULL).returncode:
+            assert server.poll() is None
+            time.sleep(0.1)
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# two nodes\nnode1 slots=1\nnode2 slots=1  # the second one\n")
+    # PYTHONPATH and FAULT must arrive on the nodes: the network is found by the one, rank 1 is slow by the other.
+    yield (
+        hostfile,
+        os.environ
+        | {
+            "PATH": f"{wrapper.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+            "FAULT": "slow:1:0",
+            "DS_ACCELERATOR": "cpu",
+        },
+    )
+    for server in servers:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def config(digits, tmp_path):
+    path = tmp_path / "over nodes.yaml"
+    fields = {
+        "name": "nodes",
+        "runs": str(tmp_path),
+        "data": {"shards": str(digits), "flip": False},
+        "model": {"name": "faulty:network", "exits": ["body"]},
+        "train": {"global_batch": 32, "micro_batch": 16, "epochs": 1, "max_steps": 6},
+        "tracking": {"uri": "off", "log_every": 2},
+    }  # fmt: skip
+    path.write_text(dump_config(make_config(fields)))
+    return path
+
+
+def run(words, environment):
+    return subprocess.run(
+        [*map(str, words)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=150,
+    )  # fmt: skip
+
+
+def weights(folder):
+    return load_file(folder / "checkpoints" / "latest" / "model.safetensors")
+
+
+def processes_of(config):
+    return [p for p in psutil.process_iter(["cmdline"]) if str(config) in (p.info["cmdline"] or [])]
+
+
+def test_two_nodes_train_what_one_machine_trains_bit_for_bit(hosts, config, tmp_path):
+    hostfile, environment = hosts
+    python = [sys.executable, "-m"]
+    runs = {
+        "local": [*python, "launch.local", "-n", 2, config],
+        "nodes": [*python, "launch.nodes", "--hostfile", hostfile, config],
+    }
+    if shutil.which("pdsh"):  # which DeepSpeed's own launcher wants
+        launcher = [Path(sys.executable).with_name("deepspeed"), "--hostfile", hostfile, "--master_addr", "127.0.0.1"]
+        (tmp_path / "plain.yaml").write_text(config.read_text())
+        runs["deepspeed"] = [*launcher, "--module", "dist_train", "train", tmp_path / "plain.yaml"]
+    for name, words in runs.items():
+        result = run([*words, "--name", name], environment)
+        assert result.returncode == 0, result.stdout
+        assert "360 images, each once" in result.stdout
+        assert "rank 1 is slow" in result.stdout or name == "deepspeed", result.stdout
+        got, expected = weights(tmp_path / name), weights(tmp_path / "local")
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[key], expected[key]) for key in expected), name
+
+
+def test_the_end_of_the_launcher_reaches_every_node(hosts, config, tmp_path):
+    hostfile, environment = hosts
+    words = [sys.executable, "-m", "launch.nodes", "--hostfile", str(hostfile), str(config)]
+    metrics = tmp_path / "nodes" / "metrics.jsonl"
+    for number, steps in ((signal.SIGINT, 300), (signal.SIGKILL, 301)):
+        words += ["--train.max_steps", str(steps), "--train.epochs", "20"]
+        before = len(read_metrics(metrics)) if metrics.exists() else 0
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        while not (metrics.exists() and len(read_metrics(metrics)) > before):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        if number == signal.SIGINT:
+            assert process.returncode == 75, output
+            assert "Traceback" not in output
+        saved = (tmp_path / "nodes" / "checkpoints" / "latest").resolve()
+        deadline = time.monotonic() + 60
+        while processes_of(config) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not processes_of(config), "processes were left behind"
+        assert int((tmp_path / "nodes" / "checkpoints" / "latest").resolve().name[5:]) >= int(saved.name[5:])
+
+
+def test_a_node_that_cannot_be_reached_is_named_and_nothing_starts(hosts, config, tmp_path):
+    hostfile, environment = hosts
+    hostfile.write_text("node1 slots=1\nsilent slots=1\n")
+    words = [sys.executable, "-m", "launch.nodes", "--hostfile", hostfile, config]
+    result = run(words, environment)
+    assert result.returncode == 2
+    assert result.stdout.count("\n") == 1, result.stdout
+    assert "node silent cannot be reached" in result.stdout
+    assert not (tmp_path / "nodes").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("node1 slots=2\nnode2 4\n", "line 2: is 'node2 4'; write HOST slots=N"),
+        ("node1 slots=0\n", "line 1"),
+        ("-oProxyCommand=x slots=1\n", "line 1"),
+        ("node1 slots=1\nnode1 slots=1\n", "line 2: node1 comes twice"),
+        ("# nothing\n\n", "names no host"),
+        (None, "cannot be read"),
+    ],
+)
+def test_hostfiles_that_say_nothing_usable_are_refused(tmp_path, text, said):
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        read_hostfile(path)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
