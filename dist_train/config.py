@@ -55,6 +55,12 @@ class DataConfig(Section):
     """The incomplete last global batch of an epoch: left out, or filled up from the epoch's start."""
     window: Positive = 16
     """Shards whose samples are shuffled together; reading stays near-sequential in them."""
+    labeled_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of labeled images in every global batch, of 1 (default: as they come); an epoch is then a pass over the longer part."""
+    class_balanced: bool = False
+    """Draw every class of the labeled images equally often: rare ones several times per epoch, of frequent ones only some."""
+    repeats: Positive = 1
+    """Views of every image in a global batch, each augmented in another way; a pass over the images then takes as many epochs."""
     threads: Positive | None = None
     """Decoding threads per process (default: the cores this process may use, divided fairly)."""
     prefetch: Annotated[int, Field(ge=1, le=8)] = 2

@@ -1,4 +1,6 @@
-"""How a sample is cropped and flipped: pure functions of (seed, epoch, sample id, image size), for many samples at once.
+"""How a sample is cropped and flipped: pure functions of (seed, epoch, view, image size), for many samples at once.
+
+The ``ids`` here are views (see :mod:`dist_train.data.order`), which are the samples' ids where each comes once an epoch.
 
 Windows are (anchor, shape) in pixels as (y, x), int32 [N, 2], an anchor being the upper left corner.  Image sizes are
 (height, width), int64 [N, 2].

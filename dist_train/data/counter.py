@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     FLIP = 2
     PAD_CROP = 3
     RESIZED_CROP = 4
+    CLASS_REMAINDER = 5
+    CLASS_MEMBERS = 6
 
 
 def random_bits(seed: int, epoch: int, purpose: Purpose, ids: NDArray[np.int64]) -> NDArray[np.uint64]:
