@@ -16,6 +16,7 @@ from dist_train.errors import ConfigError
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -45,6 +46,16 @@ class DataConfig(Section):
     """Range of the crop's share of the image area in resized_crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's width divided by its height in resized_crop."""
+    color_jitter: tuple[NotNegative, NotNegative, NotNegative, Annotated[float, Field(ge=0, le=0.5)]] | None = None
+    """Largest change of brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (-x to x turns) (default: none)."""
+    rand_augment: tuple[Positive, Annotated[int, Field(ge=0, le=30)]] | None = None
+    """RandAugment: operations per image, and their strength from 0 to 30, for instance [2, 9] (default: none)."""
+    erase: Unit = 0.0
+    """Share of training images in which a random rectangle is set to the mean colour (random erasing)."""
+    mixup: NotNegative = 0.0
+    """Alpha of mixup, whose shares are drawn from Beta(alpha, alpha); 0 is off; with cutmix on as well, half of the images each."""
+    cutmix: NotNegative = 0.0
+    """Alpha of cutmix, the share of the area drawn from Beta(alpha, alpha); 0 is off."""
     eval_resize: Positive | None = None
     """Shorter side in evaluation before the centre crop, in pixels (default: image_size, which for large images wants 256 at 224)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -76,6 +87,11 @@ class DataConfig(Section):
             raise ValueError(f"scale is {list(self.scale)}; it must be two rising numbers above 0 and at most 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio is {list(self.ratio)}; it must be two rising numbers above 0")
+        varied = [name for name in ("color_jitter", "rand_augment", "erase", "mixup", "cutmix") if getattr(self, name)]
+        if self.augment == "none" and varied:
+            raise ValueError(
+                f"augment is none, but {' and '.join(varied)} would vary the images; choose one of the two"
+            )
         if min(self.std) <= 0:
             raise ValueError(f"std is {list(self.std)}; every number must be above 0")
         if self.eval_resize is not None and self.eval_resize < self.image_size:

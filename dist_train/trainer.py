@@ -174,7 +174,7 @@ class Trainer:
         for number, micro in enumerate(batch, start=1):
             waited = time.perf_counter() - waiting_since
             logits = self.engine.forward(micro.images)
-            loss, stats = self.criterion(logits, micro.labels, labeled=labeled)
+            loss, stats = self.criterion(logits, micro.targets, labeled=labeled)
             self.engine.backward(loss)
             confidence += torch.stack([stats.confidence, stats.samples])
             self.meter.add(stats.vector, loss, len(micro.ids), waited)

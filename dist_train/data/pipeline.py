@@ -20,8 +20,10 @@ from dist_train.config import DataConfig
 from dist_train.data import order
 from dist_train.data.augment import parameters
 from dist_train.data.decode import Columns, Decoder
+from dist_train.data.mix import mix
 from dist_train.data.reader import ShardReader
 from dist_train.errors import DataError
+from dist_train.loss import LabelMix
 from shards.index import UNLABELED, Index
 
 log = logging.getLogger("dist_train")
@@ -35,12 +37,14 @@ class MicroBatch:
     """Images for one forward pass, on the device.
 
     ``images`` float32 [N, 3, S, S], channels_last, normalised; ``labels`` int64 [N], -100 without a label; ``ids`` int64 [N],
-    the samples' places in the index, -1 for an image that could not be read in evaluation (its label is -100).
+    the samples' places in the index, -1 for an image that could not be read in evaluation (its label is -100).  ``targets``
+    is what the loss takes: the labels, or two labels per image where images are mixed.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
+    targets: torch.Tensor | LabelMix
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,7 @@ class Loader:
                 fetched = decoding.popleft()
                 if isinstance(result, torch.Tensor):
                     ids = fetched.views % len(self._index)
-                    yield self._batch(result, ids, self._index.label[ids])
+                    yield self._batch(result, fetched.views, ids)
                 else:
                     yield self._decode_singly(fetched)
         finally:
@@ -235,9 +239,13 @@ class Loader:
         columns = parameters(self._data, self._train, self._seed, self._epoch, views, sizes)
         return columns if self._resized else {name: column for name, column in columns.items() if name != "size"}
 
-    def _batch(self, images: torch.Tensor, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> MicroBatch:
-        to_device = [torch.from_numpy(array).to(self._device, non_blocking=True) for array in (labels, ids)]
-        return MicroBatch(images, *to_device)
+    def _batch(self, images: torch.Tensor, views: NDArray[np.int64], ids: NDArray[np.int64]) -> MicroBatch:
+        known = np.where(ids == NO_ID, UNLABELED, self._index.label[ids])
+        labels, samples = (torch.from_numpy(array).to(self._device, non_blocking=True) for array in (known, ids))
+        if self._train and (self._data.mixup or self._data.cutmix):
+            images, targets = mix(self._data, self._seed, self._epoch, views, images, known)
+            return MicroBatch(images, labels, samples, targets)
+        return MicroBatch(images, labels, samples, labels)
 
     def _decode_singly(self, fetched: _Fetched) -> MicroBatch:
         """A micro batch that the decoder refused, image by image, with the bad ones replaced or masked."""
@@ -256,9 +264,8 @@ class Loader:
                 size = self._data.image_size
                 image = torch.zeros(1, 3, size, size, device=self._device)
             images.append(image)
-        labels = np.where(ids == NO_ID, UNLABELED, self._index.label[ids])
         together = torch.cat(images).contiguous(memory_format=torch.channels_last)
-        return self._batch(together, ids, labels)
+        return self._batch(together, fetched.views, ids)
 
     def _decode_one(self, view: int) -> torch.Tensor | None:
         """A view's image [1, 3, S, S], or None, and the sample noted, if it cannot be read."""
