@@ -74,8 +74,14 @@ class DataConfig(Section):
     """Views of every image in a global batch, each augmented in another way; a pass over the images then takes as many epochs."""
     threads: Positive | None = None
     """Decoding threads per process (default: the cores this process may use, divided fairly)."""
+    readers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Threads per process that read samples from the shards; more help where a read takes long, as on a network's file system."""
     prefetch: Annotated[int, Field(ge=1, le=8)] = 2
     """Micro batches made ahead of the network."""
+    hw_decoder_load: Unit = 0.65
+    """Share of the JPEGs that goes to a GPU's hardware decoder, where it has one (GPU only; not measured here)."""
+    preallocate: tuple[Natural, Natural] = (0, 0)
+    """Width and height in pixels for which the GPU's decoder takes memory beforehand, best those of the largest image (GPU only)."""
     verify: Literal["auto", "size", "hash"] = "auto"
     """How shards are compared with their index before training: sizes, also hashes, or (auto) hashes up to 1 GB."""
     max_bad: Natural = 100

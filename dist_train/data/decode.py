@@ -127,6 +127,10 @@ class Decoder:
         # Orientation tags are not applied, as PIL and torchvision do not: the sizes in the index are those as stored.
         options = {"output_type": types.RGB, "adjust_orientation": False, "device": "mixed" if on_gpu else "cpu"}
         if on_gpu:
+            width, height = self._data.preallocate
+            options["hw_decoder_load"] = self._data.hw_decoder_load
+            options |= {"preallocate_width_hint": width, "preallocate_height_hint": height}
+            # As libjpeg does on the CPU; nvJPEG's default differs by some levels at edges of colour.
             options["jpeg_fancy_upsampling"] = True
         window = {"axis_names": "HW"}
         if "shape" not in inputs:

@@ -100,7 +100,7 @@ class Loader:
         global_batch, micro_batch: samples per update over all ranks, and per forward pass of one rank.
         rank, world_size: this process, and how many there are.
         device: where the batches are wanted.
-        threads: decoding threads; one more reads.
+        threads: decoding threads; ``data.readers`` more read.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Loader:
         self._labeled = index.label != UNLABELED
         self._epoch = 0
         self._order = np.arange(len(index))  # views, see order.py
-        self._reader = ShardReader(index, folder)
+        self._reader = ShardReader(index, folder, data.readers)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._running: Generator[Any, None, None] | None = None
         self._resized = True
@@ -225,14 +225,9 @@ class Loader:
 
     def _columns(self, views: NDArray[np.int64]) -> Columns:
         samples = (views % len(self._index)).tolist()
-        return {"raw": [self._bytes(sample) for sample in samples], **self._parameters(views)}
-
-    def _bytes(self, sample: int) -> NDArray[np.uint8]:
-        try:
-            return self._reader.read(sample)
-        except OSError:
-            # The decoder refuses what is empty, which leads to the same treatment as an image that is damaged.
-            return np.empty(0, dtype=np.uint8)
+        # The decoder refuses what is empty, which leads to the same treatment as an image that is damaged.
+        raw = self._reader.read_all(samples, failed=lambda sample: np.empty(0, dtype=np.uint8))
+        return {"raw": raw, **self._parameters(views)}
 
     def _parameters(self, views: NDArray[np.int64]) -> dict[str, NDArray[np.int32] | NDArray[np.float32]]:
         sizes = self._sizes[views % len(self._index)]
@@ -269,7 +264,7 @@ class Loader:
 
     def _decode_one(self, view: int) -> torch.Tensor | None:
         """A view's image [1, 3, S, S], or None, and the sample noted, if it cannot be read."""
-        columns = self._thread.submit(self._columns, np.array([view])).result()
+        columns = self._columns(np.array([view]))
         if len(columns["raw"][0]):
             (result,) = self._spare.run([columns])
             if isinstance(result, torch.Tensor):
@@ -294,12 +289,17 @@ class Loader:
             )
 
     def _reason(self, sample: int, raw: NDArray[np.uint8]) -> str:
-        """One line of why; PIL's words are clearer than the decoder's."""
+        """One line of why."""
+        reason = self._fault(sample, raw)
+        return f"{reason} (the shard was changed while it was in use)" if self._reader.changed(sample) else reason
+
+    def _fault(self, sample: int, raw: NDArray[np.uint8]) -> str:
+        """What is wrong with a file; PIL's words are clearer than the decoder's."""
         from PIL import Image
 
         try:
             if not len(raw):
-                self._thread.submit(self._reader.read, sample).result()
+                self._reader.read(sample)
             Image.open(io.BytesIO(raw.tobytes())).convert("RGB")
         except Exception as error:  # any: it is a damaged file that is looked at
             text = str(error).replace("\n", " ")
