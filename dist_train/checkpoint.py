@@ -38,7 +38,10 @@ from shards.index import file_sha256
 
 FORMAT = 1
 # Fields that make another run of it, or another order of samples: a checkpoint does not continue under them.
-FIXED = ("model.", "seed", "data.image_size", "data.window", "data.last_batch", "train.global_batch", "optim.name")
+FIXED = (
+    "model.", "seed", "data.image_size", "data.window", "data.last_batch", "data.labeled_share", "data.class_balanced",
+    "data.repeats", "train.global_batch", "optim.name",
+)  # fmt: skip
 log = logging.getLogger("dist_train")
 
 

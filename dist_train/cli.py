@@ -16,7 +16,7 @@ from dist_train.errors import TrainingError, UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
-BENCHES = ("loss", "start", "step")
+BENCHES = ("data", "loss", "order", "start", "step")
 """What `bench` can measure: each is a module of dist_train.bench with a function run(arguments), which gives the exit code."""
 
 DESCRIPTION = """\
@@ -26,7 +26,7 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train train CONFIG    train; the same command again goes on where it ended
   dist-train eval RUN        accuracy of every exit of a run or checkpoint, each image once
   dist-train sync RUN        send MLflow what it missed of a run while its server was away
-  dist-train bench WHAT      measure this machine: loss, start, step
+  dist-train bench WHAT      measure this machine: data, loss, order, start, step
   dist-train doctor          what is installed and what this machine can do
 
 Any field of CONFIG can be overridden: --section.key value.  `dist-train train --help` lists them.

@@ -16,6 +16,7 @@ from dist_train.errors import ConfigError
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -45,6 +46,16 @@ class DataConfig(Section):
     """Range of the crop's share of the image area in resized_crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's width divided by its height in resized_crop."""
+    color_jitter: tuple[NotNegative, NotNegative, NotNegative, Annotated[float, Field(ge=0, le=0.5)]] | None = None
+    """Largest change of brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (-x to x turns) (default: none)."""
+    rand_augment: tuple[Positive, Annotated[int, Field(ge=0, le=30)]] | None = None
+    """RandAugment: operations per image, and their strength from 0 to 30, for instance [2, 9] (default: none)."""
+    erase: Unit = 0.0
+    """Share of training images in which a random rectangle is set to the mean colour (random erasing)."""
+    mixup: NotNegative = 0.0
+    """Alpha of mixup, whose shares are drawn from Beta(alpha, alpha); 0 is off; with cutmix on as well, half of the images each."""
+    cutmix: NotNegative = 0.0
+    """Alpha of cutmix, the share of the area drawn from Beta(alpha, alpha); 0 is off."""
     eval_resize: Positive | None = None
     """Shorter side in evaluation before the centre crop, in pixels (default: image_size, which for large images wants 256 at 224)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -55,10 +66,22 @@ class DataConfig(Section):
     """The incomplete last global batch of an epoch: left out, or filled up from the epoch's start."""
     window: Positive = 16
     """Shards whose samples are shuffled together; reading stays near-sequential in them."""
+    labeled_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of labeled images in every global batch, of 1 (default: as they come); an epoch is then a pass over the longer part."""
+    class_balanced: bool = False
+    """Draw every class of the labeled images equally often: rare ones several times per epoch, of frequent ones only some."""
+    repeats: Positive = 1
+    """Views of every image in a global batch, each augmented in another way; a pass over the images then takes as many epochs."""
     threads: Positive | None = None
     """Decoding threads per process (default: the cores this process may use, divided fairly)."""
+    readers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Threads per process that read samples from the shards; more help where a read takes long, as on a network's file system."""
     prefetch: Annotated[int, Field(ge=1, le=8)] = 2
     """Micro batches made ahead of the network."""
+    hw_decoder_load: Unit = 0.65
+    """Share of the JPEGs that goes to a GPU's hardware decoder, where it has one (GPU only; not measured here)."""
+    preallocate: tuple[Natural, Natural] = (0, 0)
+    """Width and height in pixels for which the GPU's decoder takes memory beforehand, best those of the largest image (GPU only)."""
     verify: Literal["auto", "size", "hash"] = "auto"
     """How shards are compared with their index before training: sizes, also hashes, or (auto) hashes up to 1 GB."""
     max_bad: Natural = 100
@@ -70,6 +93,11 @@ class DataConfig(Section):
             raise ValueError(f"scale is {list(self.scale)}; it must be two rising numbers above 0 and at most 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio is {list(self.ratio)}; it must be two rising numbers above 0")
+        varied = [name for name in ("color_jitter", "rand_augment", "erase", "mixup", "cutmix") if getattr(self, name)]
+        if self.augment == "none" and varied:
+            raise ValueError(
+                f"augment is none, but {' and '.join(varied)} would vary the images; choose one of the two"
+            )
         if min(self.std) <= 0:
             raise ValueError(f"std is {list(self.std)}; every number must be above 0")
         if self.eval_resize is not None and self.eval_resize < self.image_size:

@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_train.checkpoint import check_continues
 from dist_train.config import Config, DataConfig, accumulation
-from dist_train.data.order import steps_per_epoch
+from dist_train.data.order import Order
 from dist_train.dist import Ranks
 from dist_train.engine import check_device
 from dist_train.errors import ConfigError, DataError
@@ -50,10 +50,11 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
         raise DataError(
             f"{config.data.shards}: {config.data.train} and {config.data.val} have different classes; make them together"
         )
-    steps = steps_per_epoch(len(train), config.train.global_batch, config.data.last_batch)
+    order = Order(train.shard_sizes, train.label, config.data, config.seed, config.train.global_batch)
+    steps = order.steps_per_epoch
     if steps == 0:
         raise ConfigError(
-            f"train.global_batch is {config.train.global_batch}, but {config.data.train} has only {len(train)} images; "
+            f"train.global_batch is {config.train.global_batch}, but {config.data.train} has only {order.pass_size} images; "
             "use a smaller one, or data.last_batch: wrap"
         )
     model = build_model(config.model, len(train.classes), config.data.image_size)

@@ -196,7 +196,7 @@ class Trainer:
             self.group.enter("forward pass")
             with self.stopwatch:
                 logits = self.engine.forward(micro.images)
-                loss, stats = self.criterion(logits, micro.labels, labeled=labeled)
+                loss, stats = self.criterion(logits, micro.targets, labeled=labeled)
             self.stopwatch.add(waited)
             self.group.enter("backward pass")
             self.engine.backward(loss)
@@ -406,10 +406,8 @@ class Trainer:
             self.config.folder, len(ready.train), len(ready.train.classes), self.criterion.num_exits, train.global_batch,
             ranks.world_size, self.passes, train.micro_batch, train.precision, train.zero, self.group.device.type,
         )  # fmt: skip
-        left = len(ready.train) - self.steps_per_epoch * train.global_batch
-        if left:
-            what = f"{left} images are left out" if left > 0 else f"{-left} images come twice"
-            log.info("in every epoch %s (data.last_batch: %s)", what, self.config.data.last_batch)
+        if self.loader.order and (note := self.loader.order.summary()):
+            log.info("%s", note)
         if resumed:
             log.info(
                 "resumed from %s: step %d, epoch %.2f",

@@ -23,6 +23,12 @@ class Purpose(IntEnum):
     FLIP = 2
     PAD_CROP = 3
     RESIZED_CROP = 4
+    CLASS_REMAINDER = 5
+    CLASS_MEMBERS = 6
+    COLOR = 7
+    RAND_AUGMENT = 8
+    ERASE = 9
+    MIX = 10
 
 
 def random_bits(seed: int, epoch: int, purpose: Purpose, ids: NDArray[np.int64]) -> NDArray[np.uint64]:

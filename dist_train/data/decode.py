@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.utils.dlpack
 
 from dist_train.config import DataConfig
+from dist_train.data.augment import RAND_AUGMENT_OPERATIONS
 
 Columns = Mapping[str, Any]
 """``raw``, a list of uint8 arrays (one encoded image each), and the arrays of :func:`dist_train.data.augment.parameters`."""
@@ -75,30 +76,61 @@ class Decoder:
         return tuple(columns[name] for name in self._names)
 
     def _build(self) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from nvidia.dali import Pipeline, fn, types
+        # Recorded, because DALI's notices of its own deprecated operators get past a filter.
+        with warnings.catch_warnings(record=True):
+            from nvidia.dali import pipeline_def
 
             on_gpu = self._device.type == "cuda"
-            pipeline = Pipeline(device_id=self._device.index or 0 if on_gpu else None, **self._options)
-            kinds = {"raw": (types.UINT8, 1), "mirror": (types.INT32, 0), "size": (types.FLOAT, 1)}
-            chosen = [kinds.get(name, (types.INT32, 1)) for name in self._names]
-            with pipeline:
-                inputs = fn.external_source(
-                    source=self._feed,
-                    num_outputs=len(chosen),
-                    dtype=[c[0] for c in chosen],
-                    ndim=[c[1] for c in chosen],
-                )
-                pipeline.set_outputs(self._graph(fn, types, dict(zip(self._names, inputs)), on_gpu))
+            # Where no operation is chosen per image the graph is defined plainly, which is quicker.
+            define = pipeline_def(enable_conditionals="operations" in self._names)(self._graph)
+            pipeline = define(device_id=self._device.index or 0 if on_gpu else None, **self._options)
             pipeline.build()
         return pipeline
 
-    def _graph(self, fn: Any, types: Any, inputs: dict[str, Any], on_gpu: bool) -> Any:
+    def _graph(self) -> Any:
+        fn, types = _operators()
+        kinds = {"raw": (types.UINT8, 1), "mirror": (types.INT32, 0)}
+        kinds |= dict.fromkeys(("size", "color", "erased_anchor", "erased_shape"), (types.FLOAT, 1))
+        chosen = [kinds.get(name, (types.INT32, 1)) for name in self._names]
+        fed = fn.external_source(
+            source=self._feed,
+            num_outputs=len(chosen),
+            dtype=[kind for kind, _ in chosen],
+            ndim=[dimensions for _, dimensions in chosen],
+        )
+        inputs = dict(zip(self._names, fed))
         size = self._data.image_size
+        images = self._decoded(inputs)
+        if "operations" in inputs:
+            images = self._rand_augment(images, inputs["operations"], inputs["signs"])
+        if "color" in inputs:
+            color = inputs["color"]
+            images = fn.color_twist(images, brightness=color[0], contrast=color[1], saturation=color[2], hue=color[3])
+        images = fn.crop_mirror_normalize(
+            images, dtype=types.FLOAT, output_layout="HWC", mirror=inputs.get("mirror", 0),
+            mean=[255 * value for value in self._data.mean], std=[255 * value for value in self._data.std],
+        )  # fmt: skip
+        if "anchor" in inputs and "shape" not in inputs:
+            # After the normalisation, so that what lies outside of the image is the mean colour exactly.
+            images = fn.slice(
+                images, inputs["anchor"], (size, size), out_of_bounds_policy="pad", fill_values=0, axis_names="HW"
+            )
+        if "erased_shape" in inputs:
+            place = {"anchor": inputs["erased_anchor"], "shape": inputs["erased_shape"]}
+            images = fn.erase(images, axis_names="HW", fill_value=0, **place)
+        return images
+
+    def _decoded(self, inputs: dict[str, Any]) -> Any:
+        fn, types = _operators()
+        size = self._data.image_size
+        on_gpu = self._device.type == "cuda"
         # Orientation tags are not applied, as PIL and torchvision do not: the sizes in the index are those as stored.
         options = {"output_type": types.RGB, "adjust_orientation": False, "device": "mixed" if on_gpu else "cpu"}
         if on_gpu:
+            width, height = self._data.preallocate
+            options["hw_decoder_load"] = self._data.hw_decoder_load
+            options |= {"preallocate_width_hint": width, "preallocate_height_hint": height}
+            # As libjpeg does on the CPU; nvJPEG's default differs by some levels at edges of colour.
             options["jpeg_fancy_upsampling"] = True
         window = {"axis_names": "HW"}
         if "shape" not in inputs:
@@ -112,13 +144,37 @@ class Decoder:
             images = fn.resize(images, size=(size, size))
         elif "size" in inputs:
             images = fn.resize(images, size=inputs["size"])
-        images = fn.crop_mirror_normalize(
-            images, dtype=types.FLOAT, output_layout="HWC", mirror=inputs.get("mirror", 0),
-            mean=[255 * value for value in self._data.mean], std=[255 * value for value in self._data.std],
-        )  # fmt: skip
-        if "anchor" in inputs and "shape" not in inputs:
-            # After the normalisation, so that what lies outside of the image is the mean colour exactly.
-            images = fn.slice(
-                images, inputs["anchor"], (size, size), out_of_bounds_policy="pad", fill_values=0, **window
-            )
         return images
+
+    def _rand_augment(self, images: Any, operations: Any, signs: Any) -> Any:
+        from nvidia.dali.auto_aug.core import signed_bin
+        from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
+
+        assert self._data.rand_augment is not None
+        count, strength = self._data.rand_augment
+        # The largest shift is that of DALI's default, 100 of 224 pixels.
+        suite = get_rand_augment_suite(max_translate_abs=round(self._data.image_size * 100 / 224))
+        assert len(suite) == RAND_AUGMENT_OPERATIONS
+        bins = signed_bin(strength, random_sign=signs)
+        for place in range(count):
+            images = _choose(suite, operations[place], images, bins[place])
+        return images
+
+
+def _operators() -> tuple[Any, Any]:
+    """DALI's operators and types, imported where they are used, and untyped: their stubs do not take option dicts."""
+    from nvidia.dali import fn, types
+
+    return fn, types
+
+
+def _choose(suite: Sequence[Any], operation: Any, images: Any, strength: Any) -> Any:
+    """Each image by its own operation of the suite; a tree of conditions, of which DALI makes parts of the batch."""
+    if len(suite) == 1:
+        return suite[0](images, magnitude_bin=strength, num_magnitude_bins=31, fill_value=128, interp_type=None)
+    half = len(suite) // 2
+    if operation < half:
+        images = _choose(suite[:half], operation, images, strength)
+    else:
+        images = _choose(suite[half:], operation - half, images, strength)
+    return images

@@ -1,18 +1,24 @@
 """Which sample is read when and by whom: pure functions of (index, seed, epoch), whatever the number of ranks.
 
-An epoch is one permutation of all ids.  Global batch k is its stretch [k B, (k + 1) B); a rank takes its contiguous part of
-that, in micro batches, so that the sequence of a global batch's micro batches is the same for every number of ranks.
+An epoch is a sequence of views.  View v of N samples is the sample v % N in its variation v // N: the n-th time that a
+sample comes in an epoch it is augmented in another way.  Without sampling options an epoch is one permutation of all ids.
+Global batch k is its stretch [k B, (k + 1) B); a rank takes its contiguous part of that, in micro batches, so that the
+sequence of a global batch's micro batches is the same for every number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_train.config import DataConfig
 from dist_train.data.counter import Purpose, random_bits
+from dist_train.errors import ConfigError
+from shards.index import UNLABELED
 
 Ids = NDArray[np.int64]
 _Array = TypeVar("_Array", bound=NDArray[Any])
@@ -48,8 +54,8 @@ def batch_positions(samples: int, batch: int, global_batch: int) -> Ids:
     return (batch * global_batch + np.arange(global_batch, dtype=np.int64)) % samples
 
 
-def global_batch_ids(order: Ids, batch: int, global_batch: int) -> Ids:
-    """Ids of global batch ``batch``, int64 [global_batch]."""
+def global_batch_views(order: Ids, batch: int, global_batch: int) -> Ids:
+    """Views of global batch ``batch``, int64 [global_batch]."""
     return order[batch_positions(len(order), batch, global_batch)]
 
 
@@ -64,13 +70,202 @@ def micro_batches(ids: _Array, size: int) -> list[_Array]:
 
 
 def replacements(order: Ids, position: int, labeled: NDArray[np.bool_]) -> Iterator[int]:
-    """Ids that may stand in for the one at ``position``, best first: the following ones of the order, round its end.
+    """Views that may stand in for the one at ``position``, best first: the following ones of the order, round its end.
 
     A sample with a label is replaced by one with a label, and one without by one without, so that the number of labeled
     samples in a global batch is known beforehand.
     """
-    wanted = labeled[order[position]]
+    sample = order[position] % len(labeled)
     for step in range(1, len(order)):
         candidate = int(order[(position + step) % len(order)])
-        if labeled[candidate] == wanted:
+        other = candidate % len(labeled)
+        if labeled[other] == labeled[sample] and other != sample:
             yield candidate
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Samples that are drawn together: their ids, rising, how many each shard has, and how many a global batch takes."""
+
+    ids: Ids
+    shard_sizes: Ids
+    per_batch: int
+
+
+class Order:
+    """The epochs of a training split, as the configuration wants them sampled.
+
+    With ``labeled_share`` every global batch has the same number of labeled images, evenly spread in it, and an epoch is one
+    pass over the part (labeled or unlabeled) that lasts longer; the other part starts over as often as needed and goes on
+    from epoch to epoch where it was, so that its images come equally often up to one.
+
+    With ``class_balanced`` a pass over the labeled images draws every class equally often, up to one, and every image of a
+    class equally often, up to one.
+
+    With ``repeats`` R a global batch has B/R images in R views each, and R epochs in a row make one pass.
+
+    Args:
+        shard_sizes: samples per shard, int64 [S].
+        label: of every sample, int64 [N].
+        data: the sampling options.
+        seed: of the shuffling.
+        global_batch: samples per update, B.
+
+    Raises:
+        ConfigError: options that this split or this global batch does not allow.
+    """
+
+    def __init__(
+        self, shard_sizes: Ids, label: NDArray[np.int64], data: DataConfig, seed: int, global_batch: int
+    ) -> None:
+        self._data, self._seed, self._label = data, seed, label
+        self._samples, self._global_batch = len(label), global_batch
+        if global_batch % data.repeats:
+            below = global_batch // data.repeats * data.repeats
+            nearest = " or ".join(str(size) for size in (below, below + data.repeats) if size)
+            raise ConfigError(
+                f"train.global_batch is {global_batch}, which does not divide by data.repeats, {data.repeats}; use {nearest}"
+            )
+        images = global_batch // data.repeats
+        sizes = self._per_batch(images)
+        self._parts = [_Part(np.arange(len(label), dtype=np.int64), shard_sizes, images)]
+        if data.class_balanced or data.labeled_share is not None:
+            shard = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
+            split = [np.flatnonzero(label != UNLABELED), np.flatnonzero(label == UNLABELED)]
+            self._parts = [
+                _Part(ids, np.bincount(shard[ids], minlength=len(shard_sizes)), size) for ids, size in zip(split, sizes)
+            ]
+        # The part that lasts longest is what an epoch is a pass over.
+        lengths = [len(part.ids) // data.repeats / part.per_batch for part in self._parts if part.per_batch]
+        self._main = lengths.index(max(lengths))
+        mixed = data.labeled_share is not None
+        self.pass_size = len(self._parts[self._main].ids) if mixed else self._samples
+        self.per_batch = self._parts[self._main].per_batch if mixed else images
+        self.steps_per_epoch = steps_per_epoch(self.pass_size // data.repeats, self.per_batch, data.last_batch)
+
+    def epoch(self, epoch: int) -> Ids:
+        """The views of an epoch in their order, int64; what its global batches do not reach serves as replacements."""
+        cycle, turn = divmod(epoch, self._data.repeats)
+        turn_size = self.pass_size // self._data.repeats
+        if self._data.labeled_share is None:
+            ids = interleave([self._pass(part, cycle) for part in self._parts])
+            if self._data.repeats > 1:
+                ids = ids[turn * turn_size : (turn + 1) * turn_size]
+        else:
+            streams = [self._stretch(part, epoch) for part in self._parts]
+            main = self._parts[self._main]
+            whole = self._pass(main, cycle)[turn * turn_size : (turn + 1) * turn_size]
+            streams[self._main] = np.resize(whole, self.steps_per_epoch * main.per_batch)
+            ids = interleave(streams)
+        if self._data.repeats > 1:
+            ids = _repeat(ids, self._global_batch // self._data.repeats, self._data.repeats)
+        once = len(self._parts) == 1 and self._data.repeats == 1
+        return ids if once else _views(ids, self._samples)
+
+    def summary(self) -> str | None:
+        """What an epoch is, in words, where that is not simply every image once."""
+        data, taken = self._data, self.steps_per_epoch * self.per_batch
+        notes = []
+        if data.labeled_share is not None:
+            labeled, unlabeled = self._parts
+            kind = "labeled" if self._main == 0 else "unlabeled"
+            notes.append(
+                f"global batch = {labeled.per_batch} labeled + {unlabeled.per_batch} unlabeled images; an epoch is one pass "
+                f"over the {len(self._parts[self._main].ids)} {kind} ones"
+            )
+        if data.repeats > 1:
+            notes.append(
+                f"every image of a global batch comes {data.repeats} times; {data.repeats} epochs make one pass"
+            )
+        left = self.pass_size // data.repeats - taken
+        if left:
+            what = f"{left} images are left out" if left > 0 else f"{-left} images come twice"
+            notes.append(f"in every epoch {what} (data.last_batch: {data.last_batch})")
+        return "; ".join(notes) or None
+
+    def _per_batch(self, images: int) -> tuple[int, int]:
+        """Labeled and unlabeled images in a global batch of so many; without a fixed share all of it for either."""
+        share = self._data.labeled_share
+        known = int(np.count_nonzero(self._label != UNLABELED))
+        if self._data.class_balanced and not known:
+            raise ConfigError(
+                f"data.class_balanced is true, but {self._data.train} has no labeled images; leave it out"
+            )
+        if share is None:
+            return images, images
+        missing = "labeled" if not known else "unlabeled"
+        if known in (0, self._samples):
+            raise ConfigError(
+                f"data.labeled_share is {share:g}, but {self._data.train} has no {missing} images; leave it out, or make the "
+                "shards with --labels-per-class"
+            )
+        labeled = round(share * images)
+        if not 0 < labeled < images:
+            raise ConfigError(
+                f"data.labeled_share is {share:g}, which of {images} images in a global batch is {labeled}; allowed are "
+                f"{1 / images:.3g} to {1 - 1 / images:.3g}"
+            )
+        return labeled, images - labeled
+
+    def _stretch(self, part: _Part, epoch: int) -> Ids:
+        """What an epoch takes of a part that is passed over again and again."""
+        length = self.steps_per_epoch * part.per_batch
+        first, size = epoch * length, len(part.ids)
+        cycles = range(first // size, -(-(first + length) // size))
+        passes = np.concatenate([self._pass(part, cycle) for cycle in cycles])
+        return passes[first % size : first % size + length]
+
+    def _pass(self, part: _Part, cycle: int) -> Ids:
+        """One pass over a part, int64 [len(part.ids)]: a permutation of it, or drawn by classes."""
+        if not self._data.class_balanced or not len(part.ids) or self._label[part.ids[0]] == UNLABELED:
+            return part.ids[epoch_order(part.shard_sizes, self._seed, cycle, self._data.window)]
+        times = _balanced_times(self._label[part.ids], part.ids, self._seed, cycle)
+        ends = np.cumsum(part.shard_sizes)
+        rounds = []
+        for number in range(int(times.max())):
+            chosen = np.flatnonzero(times > number)
+            sizes = np.diff(np.searchsorted(chosen, ends), prepend=0)
+            # Another shuffling for every round, or the appearances of an image would stand close together.
+            places = epoch_order(sizes, self._seed, cycle + (number << 32), self._data.window)
+            rounds.append(part.ids[chosen[places]])
+        return interleave(rounds)
+
+
+def interleave(parts: Sequence[Ids]) -> Ids:
+    """Merge sequences evenly: of any stretch, each has the share that it has of the whole, up to one place."""
+    if len(parts) == 1:
+        return parts[0]
+    places = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
+    merged: Ids = np.concatenate(parts)[np.argsort(places, kind="stable")]
+    return merged
+
+
+def _balanced_times(label: NDArray[np.int64], ids: Ids, seed: int, cycle: int) -> Ids:
+    """How often each sample comes in a pass of their number that draws all classes equally often, int64 [N]."""
+    classes, member, count = np.unique(label, return_inverse=True, return_counts=True)
+    lucky = np.argsort(random_bits(seed, cycle, Purpose.CLASS_REMAINDER, classes))[: len(ids) % len(classes)]
+    wanted = np.full(len(classes), len(ids) // len(classes))
+    wanted[lucky] += 1
+    by_class = np.lexsort((random_bits(seed, cycle, Purpose.CLASS_MEMBERS, ids), member))
+    rank = np.empty(len(ids), dtype=np.int64)
+    rank[by_class] = np.arange(len(ids)) - (np.cumsum(count) - count)[member[by_class]]
+    times: Ids = (wanted // count)[member] + (rank < (wanted % count)[member])
+    return times
+
+
+def _repeat(ids: Ids, images: int, repeats: int) -> Ids:
+    """Every ``images`` of the sequence ``repeats`` times in a row, so that the views of an image are far apart in the batch."""
+    whole = len(ids) // images * images
+    blocks = np.tile(ids[:whole].reshape(-1, images), repeats).reshape(-1)
+    return np.concatenate([blocks, np.tile(ids[whole:], repeats)])
+
+
+def _views(ids: Ids, samples: int) -> Ids:
+    """Number the appearances of every id: its n-th one becomes the view id + n x samples."""
+    by_id = np.argsort(ids, kind="stable")
+    ordered = ids[by_id]
+    places = np.arange(len(ids))
+    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    views = np.empty_like(ids)
+    views[by_id] = ordered + samples * (places - np.maximum.accumulate(np.where(first, places, 0)))
+    return views

@@ -20,8 +20,10 @@ from dist_train.config import DataConfig
 from dist_train.data import order
 from dist_train.data.augment import parameters
 from dist_train.data.decode import Columns, Decoder
+from dist_train.data.mix import mix
 from dist_train.data.reader import ShardReader
 from dist_train.errors import DataError
+from dist_train.loss import LabelMix
 from shards.index import UNLABELED, Index
 
 log = logging.getLogger("dist_train")
@@ -35,12 +37,14 @@ class MicroBatch:
     """Images for one forward pass, on the device.
 
     ``images`` float32 [N, 3, S, S], channels_last, normalised; ``labels`` int64 [N], -100 without a label; ``ids`` int64 [N],
-    the samples' places in the index, -1 for an image that could not be read in evaluation (its label is -100).
+    the samples' places in the index, -1 for an image that could not be read in evaluation (its label is -100).  ``targets``
+    is what the loss takes: the labels, or two labels per image where images are mixed.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
+    targets: torch.Tensor | LabelMix
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ class BadSample:
 
 @dataclass(frozen=True)
 class _Fetched:
-    """A micro batch before decoding: its places in the epoch's order, its ids, and what the decoder takes."""
+    """A micro batch before decoding: its places in the epoch's order, its views, and what the decoder takes."""
 
     positions: NDArray[np.int64]
-    ids: NDArray[np.int64]
+    views: NDArray[np.int64]
     columns: Columns
 
 
@@ -96,7 +100,7 @@ class Loader:
         global_batch, micro_batch: samples per update over all ranks, and per forward pass of one rank.
         rank, world_size: this process, and how many there are.
         device: where the batches are wanted.
-        threads: decoding threads; one more reads.
+        threads: decoding threads; ``data.readers`` more read.
     """
 
     def __init__(
@@ -104,7 +108,7 @@ class Loader:
         rank: int, world_size: int, device: torch.device, threads: int,
     ) -> None:  # fmt: skip
         self.bad: dict[int, BadSample] = {}
-        self.steps_per_epoch = order.steps_per_epoch(len(index), global_batch, data.last_batch)
+        self.order = order.Order(index.shard_sizes, index.label, data, seed, global_batch) if train else None
         self._index = index
         self._folder = folder
         self._data = data
@@ -117,8 +121,8 @@ class Loader:
         self._sizes = np.stack([index.height, index.width], axis=1).astype(np.int64)
         self._labeled = index.label != UNLABELED
         self._epoch = 0
-        self._order = np.arange(len(index))
-        self._reader = ShardReader(index, folder)
+        self._order = np.arange(len(index))  # views, see order.py
+        self._reader = ShardReader(index, folder, data.readers)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._running: Generator[Any, None, None] | None = None
         self._resized = True
@@ -139,11 +143,11 @@ class Loader:
         Raises:
             DataError: while iterating, when more than ``max_bad`` images could not be read.
         """
-        assert self._train, "an evaluation has no epochs"
+        assert self.order is not None, "an evaluation has no epochs"
         self._end_pass()
         self._epoch = epoch
-        self._order = order.epoch_order(self._index.shard_sizes, self._seed, epoch, self._data.window)
-        self._running = batches = self._global_batches(start_batch)
+        self._order = self.order.epoch(epoch)
+        self._running = batches = self._global_batches(range(start_batch, self.order.steps_per_epoch))
         return batches
 
     def evaluation(self) -> Iterator[MicroBatch]:
@@ -169,14 +173,13 @@ class Loader:
             self._running.close()
             self._running = None
 
-    def _global_batches(self, start: int) -> Generator[GlobalBatch, None, None]:
-        numbers = range(start, self.steps_per_epoch)
+    def _global_batches(self, numbers: range) -> Generator[GlobalBatch, None, None]:
         micro_batches = self._micro_batches(part for number in numbers for part in self._parts(number))
         try:
             for number in numbers:
                 mine = itertools.islice(micro_batches, len(self._parts(number)))
-                ids = self._order[order.batch_positions(len(self._order), number, self._global_batch)]
-                yield GlobalBatch(number, int(self._labeled[ids].sum()), mine)
+                views = order.global_batch_views(self._order, number, self._global_batch)
+                yield GlobalBatch(number, int(self._labeled[views % len(self._index)].sum()), mine)
                 deque(mine, maxlen=0)  # what was not taken of this global batch must not come in the next one
         finally:
             micro_batches.close()
@@ -207,7 +210,8 @@ class Loader:
             for result in results:
                 fetched = decoding.popleft()
                 if isinstance(result, torch.Tensor):
-                    yield self._batch(result, fetched.ids, self._index.label[fetched.ids])
+                    ids = fetched.views % len(self._index)
+                    yield self._batch(result, fetched.views, ids)
                 else:
                     yield self._decode_singly(fetched)
         finally:
@@ -216,36 +220,37 @@ class Loader:
                 future.cancel()
 
     def _fetch(self, positions: NDArray[np.int64]) -> _Fetched:
-        ids = self._order[positions]
-        return _Fetched(positions, ids, self._columns(ids))
+        views = self._order[positions]
+        return _Fetched(positions, views, self._columns(views))
 
-    def _columns(self, ids: NDArray[np.int64]) -> Columns:
-        return {"raw": [self._bytes(sample) for sample in ids.tolist()], **self._parameters(ids)}
+    def _columns(self, views: NDArray[np.int64]) -> Columns:
+        samples = (views % len(self._index)).tolist()
+        # The decoder refuses what is empty, which leads to the same treatment as an image that is damaged.
+        raw = self._reader.read_all(samples, failed=lambda sample: np.empty(0, dtype=np.uint8))
+        return {"raw": raw, **self._parameters(views)}
 
-    def _bytes(self, sample: int) -> NDArray[np.uint8]:
-        try:
-            return self._reader.read(sample)
-        except OSError:
-            # The decoder refuses what is empty, which leads to the same treatment as an image that is damaged.
-            return np.empty(0, dtype=np.uint8)
-
-    def _parameters(self, ids: NDArray[np.int64]) -> dict[str, NDArray[np.int32] | NDArray[np.float32]]:
-        columns = parameters(self._data, self._train, self._seed, self._epoch, ids, self._sizes[ids])
+    def _parameters(self, views: NDArray[np.int64]) -> dict[str, NDArray[np.int32] | NDArray[np.float32]]:
+        sizes = self._sizes[views % len(self._index)]
+        columns = parameters(self._data, self._train, self._seed, self._epoch, views, sizes)
         return columns if self._resized else {name: column for name, column in columns.items() if name != "size"}
 
-    def _batch(self, images: torch.Tensor, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> MicroBatch:
-        to_device = [torch.from_numpy(array).to(self._device, non_blocking=True) for array in (labels, ids)]
-        return MicroBatch(images, *to_device)
+    def _batch(self, images: torch.Tensor, views: NDArray[np.int64], ids: NDArray[np.int64]) -> MicroBatch:
+        known = np.where(ids == NO_ID, UNLABELED, self._index.label[ids])
+        labels, samples = (torch.from_numpy(array).to(self._device, non_blocking=True) for array in (known, ids))
+        if self._train and (self._data.mixup or self._data.cutmix):
+            images, targets = mix(self._data, self._seed, self._epoch, views, images, known)
+            return MicroBatch(images, labels, samples, targets)
+        return MicroBatch(images, labels, samples, labels)
 
     def _decode_singly(self, fetched: _Fetched) -> MicroBatch:
         """A micro batch that the decoder refused, image by image, with the bad ones replaced or masked."""
-        ids, images = fetched.ids.copy(), []
+        ids, images = fetched.views % len(self._index), []
         for row, position in enumerate(fetched.positions.tolist()):
             candidates = order.replacements(self._order, position, self._labeled) if self._train else iter(())
-            for candidate in itertools.chain([int(ids[row])], candidates):
-                image = self._decode_one(candidate)
+            for view in itertools.chain([int(fetched.views[row])], candidates):
+                image = self._decode_one(view)
                 if image is not None:
-                    ids[row] = candidate
+                    ids[row] = view % len(self._index)
                     break
             else:
                 if self._train:
@@ -254,18 +259,17 @@ class Loader:
                 size = self._data.image_size
                 image = torch.zeros(1, 3, size, size, device=self._device)
             images.append(image)
-        labels = np.where(ids == NO_ID, UNLABELED, self._index.label[ids])
         together = torch.cat(images).contiguous(memory_format=torch.channels_last)
-        return self._batch(together, ids, labels)
+        return self._batch(together, fetched.views, ids)
 
-    def _decode_one(self, sample: int) -> torch.Tensor | None:
-        """A sample's image [1, 3, S, S], or None, and the sample noted, if it cannot be read."""
-        columns = self._thread.submit(self._columns, np.array([sample])).result()
+    def _decode_one(self, view: int) -> torch.Tensor | None:
+        """A view's image [1, 3, S, S], or None, and the sample noted, if it cannot be read."""
+        columns = self._columns(np.array([view]))
         if len(columns["raw"][0]):
             (result,) = self._spare.run([columns])
             if isinstance(result, torch.Tensor):
                 return result
-        self._note_bad(sample, columns["raw"][0])
+        self._note_bad(view % len(self._index), columns["raw"][0])
         return None
 
     def _note_bad(self, sample: int, raw: NDArray[np.uint8]) -> None:
@@ -285,12 +289,17 @@ class Loader:
             )
 
     def _reason(self, sample: int, raw: NDArray[np.uint8]) -> str:
-        """One line of why; PIL's words are clearer than the decoder's."""
+        """One line of why."""
+        reason = self._fault(sample, raw)
+        return f"{reason} (the shard was changed while it was in use)" if self._reader.changed(sample) else reason
+
+    def _fault(self, sample: int, raw: NDArray[np.uint8]) -> str:
+        """What is wrong with a file; PIL's words are clearer than the decoder's."""
         from PIL import Image
 
         try:
             if not len(raw):
-                self._thread.submit(self._reader.read, sample).result()
+                self._reader.read(sample)
             Image.open(io.BytesIO(raw.tobytes())).convert("RGB")
         except Exception as error:  # any: it is a damaged file that is looked at
             text = str(error).replace("\n", " ")

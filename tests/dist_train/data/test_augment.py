@@ -74,9 +74,16 @@ def test_epochs_and_seeds_differ() -> None:
         assert np.mean(first == augment.shifts(seed, epoch, ids, 4)) == pytest.approx(1 / 9, abs=0.04)
 
 
+VARIED = {
+    "pad_crop": {"color_jitter": (0.4, 0.4, 0.4, 0.1)},
+    "resized_crop": {"rand_augment": (2, 9), "erase": 0.5},
+    "none": {},
+}
+
+
 @pytest.mark.parametrize("mode", ["pad_crop", "resized_crop", "none"])
 def test_a_sample_has_the_same_parameters_in_any_company(mode: str) -> None:
-    data = DataConfig(shards=Path("x"), augment=mode, image_size=24)  # type: ignore[arg-type]
+    data = DataConfig(shards=Path("x"), augment=mode, image_size=24, **VARIED[mode])  # type: ignore[arg-type]
     ids = np.random.default_rng(0).permutation(10_000)[:64]
     sizes = SIZES[ids % len(SIZES)]
     together = augment.parameters(data, True, 7, 3, ids, sizes)
@@ -90,6 +97,8 @@ def test_parameters_are_those_of_earlier_versions() -> None:
     # A run that is resumed with a newer version must see the same images.
     assert augment.flips(1, 2, np.arange(8)).tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
     assert augment.shifts(1, 2, np.arange(3), 4).tolist() == [[-4, -3], [1, 2], [3, -2]]
+    assert augment.operations(1, 2, np.arange(3), 2)[0].tolist() == [[12, 13], [1, 3], [6, 9]]
+    assert augment.erasures(1, 2, np.arange(2), 32, 1.0)[1].tolist() == [[14.0, 13.0], [7.0, 21.0]]
 
 
 @pytest.mark.parametrize(
@@ -102,3 +111,23 @@ def test_evaluation_view_has_the_usual_numbers(size: tuple[int, int], target: in
     assert tuple(resized[0]) == expected
     crop = min(target, 56)
     assert augment.centre(resized - crop)[0].tolist() == [round((side - crop) / 2.0) for side in expected]
+
+
+def test_colors_operations_and_erasures_have_their_ranges() -> None:
+    ids = np.arange(40_000)
+    color = augment.colors(0, 0, ids, (0.4, 0.3, 1.5, 0.1))
+    assert color.min(axis=0) == pytest.approx([0.6, 0.7, 0.0, -36], abs=0.01)
+    assert color.max(axis=0) == pytest.approx([1.4, 1.3, 2.5, 36], abs=0.01)
+    assert color[:, [0, 1, 3]].mean(axis=0) == pytest.approx([1, 1, 0], abs=0.2)
+    chosen, negated = augment.operations(0, 0, ids, 2)
+    assert np.bincount(chosen.reshape(-1)) / 80_000 == pytest.approx(np.full(14, 1 / 14), abs=0.004)
+    assert negated.mean() == pytest.approx(0.5, abs=0.01)
+    assert abs(np.corrcoef(np.concatenate([chosen, negated], axis=1).T) - np.eye(4)).max() < 0.02
+    anchor, shape = augment.erasures(0, 0, ids, 224, 0.25)
+    erased = shape.prod(axis=1) > 0
+    assert erased.mean() == pytest.approx(0.25, abs=0.01)
+    assert (anchor >= 0).all()
+    assert (anchor + shape <= 224).all()
+    area, ratio = shape[erased].prod(axis=1) / 224**2, shape[erased, 0] / shape[erased, 1]
+    assert (area.min(), area.max()) == pytest.approx((0.02, 0.4), abs=0.005)
+    assert (ratio.min(), ratio.max()) == pytest.approx((0.3, 3.33), abs=0.06)

@@ -179,7 +179,9 @@ def test_a_shard_that_changes_under_a_running_epoch(digits: Path, tmp_path: Path
     for path in folder.glob("*.tar"):
         os.truncate(path, 0)
     assert ids(first) == ids(clean)[:48]
-    with pytest.raises(DataError, match=r"21 images cannot be read, data\.max_bad is 20"):
+    with pytest.raises(
+        DataError, match=r"21 images cannot be read, data\.max_bad is 20.*was changed while it was in use"
+    ):
         flat(batches)
 
 
@@ -197,7 +199,7 @@ def test_a_read_that_fails_once_is_repeated(digits: Path) -> None:
     reader = ShardReader(index, digits / "train")
     before = reader.read(0)
     for descriptor in reader._open.values():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor.number)
     assert np.array_equal(reader.read(0), before)
     reader.close()
 
@@ -250,3 +252,45 @@ def test_a_gif_in_foreign_shards_is_bad_not_fatal(digits: Path, tmp_path: Path, 
     loader = make_loader(tmp_path / "val", train=False)
     assert ids(list(loader.evaluation()))[5] == -1
     assert loader.bad[5].reason == "the decoder cannot read it"
+
+
+def test_reading_by_many_threads_gives_each_sample_its_own_bytes(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With fewer shards kept open than are in use, files are closed and opened again under the threads all the time.
+    monkeypatch.setattr("dist_train.data.reader._OPEN_SHARDS", 2)
+    index = Index.load(digits / "train")
+    samples = np.random.default_rng(0).permutation(len(index)).tolist()
+    before = len(os.listdir("/proc/self/fd"))
+    reader = ShardReader(index, digits / "train", threads=8)
+    read = reader.read_all(samples, failed=lambda sample: np.empty(0, dtype=np.uint8))
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    for sample, raw in zip(samples, read, strict=True):
+        with open(digits / "train" / index.shards[index.shard[sample]].name, "rb") as file:
+            file.seek(index.offset[sample])
+            assert raw.tobytes() == file.read(index.size[sample])
+
+
+def test_a_shard_replaced_by_another_file_is_read_on_and_one_overwritten_is_named(
+    digits: Path, tmp_path: Path, make_loader: MakeLoader
+) -> None:
+    folder = tmp_path / "train"
+    shutil.copytree(digits / "train", folder)
+    clean = flat(make_loader(digits / "train").epoch(0))
+    loader = make_loader(folder)
+    batches = loader.epoch(0)
+    read = list(next(batches))
+    index = Index.load(folder)
+    # Renamed over, as a new copy of the shards is: the open file goes on.
+    sample = order_of_epoch_0(folder)[1300]
+    for number, shard in enumerate(index.shards):
+        if number != index.shard[sample]:
+            shutil.copy(folder / shard.name, tmp_path / "new.tar")
+            os.replace(tmp_path / "new.tar", folder / shard.name)
+    # Written over in place, an image that comes late.
+    with open(folder / index.shards[index.shard[sample]].name, "r+b") as file:
+        file.seek(int(index.offset[sample]))
+        file.write(b"nothing")
+    read += flat(batches)
+    assert ids(read) == expected_order(ids(clean), {sample}, order_of_epoch_0(folder))
+    assert "the shard was changed while it was in use" in loader.bad[sample].reason

@@ -35,7 +35,7 @@ def test_epoch_follows_the_order_with_the_right_labels(digits: Path, make_loader
     loader = make_loader(digits / "train", window=3)
     index = Index.load(digits / "train")
     batches = list(loader.epoch(4))
-    assert [batch.number for batch in batches] == list(range(loader.steps_per_epoch)) == list(range(1437 // 48))
+    assert [batch.number for batch in batches] == list(range(loader.order.steps_per_epoch)) == list(range(1437 // 48))
     assert all(batch.labeled == 48 for batch in batches)
     micros = flat(loader.epoch(4))
     expected = order.epoch_order(index.shard_sizes, 5, 4, 3)[: 48 * 29]
@@ -220,3 +220,30 @@ def test_orientation_tags_are_not_applied(tmp_path: Path, make_loader: MakeLoade
     (micro,) = make_loader(tmp_path / "shards" / "train", train=False, image_size=24).evaluation()
     whole = reference(tmp_path / "shards" / "train", [0])
     assert torch.allclose(micro.images, whole[..., 8:32], atol=1e-6)
+
+
+def test_mixed_repeated_batches_are_the_same_on_any_number_of_ranks_and_resumed(
+    digits: Path, tmp_path: Path, make_loader: MakeLoader
+) -> None:
+    index = Index.load(digits / "train")
+    for path in (digits / "train").glob("*.tar"):
+        (tmp_path / path.name).symlink_to(path)
+    replace(index, label=np.where(np.arange(len(index)) % 5 == 0, index.label, UNLABELED)).save(tmp_path)
+    options = {"labeled_share": 0.25, "repeats": 2, "class_balanced": True, "micro_batch": 8}
+    batches = [(batch.labeled, list(batch)) for batch in make_loader(tmp_path, **options).epoch(1)]
+    assert {labeled for labeled, _ in batches} == {12}
+    whole = [micro for _, micros in batches for micro in micros]
+    labels = torch.cat([micro.labels for micro in whole]).reshape(-1, 48)
+    assert set((labels != UNLABELED).sum(1).tolist()) == {12}
+    # The second half of a global batch has the images of the first in other variations.
+    twins = [torch.cat([micro.images for micro in whole[number : number + 6]]) for number in range(0, 12, 6)]
+    assert [micro.ids.tolist() for micro in whole[:3]] == [micro.ids.tolist() for micro in whole[3:6]]
+    for images_of_batch in twins:
+        assert sum(torch.equal(a, b) for a, b in zip(images_of_batch[:24], images_of_batch[24:])) <= 2
+
+    loaders = [make_loader(tmp_path, rank=rank, world_size=3, **options) for rank in range(3)]
+    together = [micro for group in zip(*(loader.epoch(1) for loader in loaders)) for micro in flat(group)]
+    assert ids(together) == ids(whole)
+    assert torch.equal(images(together), images(whole))
+    rest = flat(make_loader(tmp_path, **options).epoch(1, start_batch=4))
+    assert torch.equal(images(rest), images(whole)[4 * 48 :])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from dist_train.config import DataConfig
 from dist_train.data import augment
@@ -119,7 +119,8 @@ def test_pixels_of_photos_do_not_depend_on_batching(
     photos: Path, make_loader: MakeLoader, other: dict[str, int]
 ) -> None:
     def by_id(**options: int) -> dict[int, torch.Tensor]:
-        loader = make_loader(photos, image_size=64, augment="resized_crop", **options)
+        varied = {"color_jitter": (0.4, 0.4, 0.4, 0.1), "rand_augment": (2, 9), "erase": 0.5}
+        loader = make_loader(photos, image_size=64, augment="resized_crop", **varied, **options)
         return {
             sample: image
             for batch in loader.epoch(1)
@@ -131,3 +132,52 @@ def test_pixels_of_photos_do_not_depend_on_batching(
     both = plain.keys() & varied.keys()
     assert len(both) > 180
     assert all(torch.equal(plain[sample], varied[sample]) for sample in both)
+
+
+def equalized(image: Image.Image) -> Image.Image:
+    """Histogram equalisation as OpenCV defines it, which DALI follows; PIL rounds its steps to whole pixels."""
+    channels = []
+    for channel in image.split():
+        ranks = np.cumsum(channel.histogram())
+        first = ranks[ranks > 0][0]
+        table = np.rint(np.maximum(0, ranks - first) * 255 / (ranks[-1] - first))
+        channels.append(channel.point(table.astype(int).tolist()))
+    return Image.merge("RGB", channels)
+
+
+def test_rand_augment_does_what_pil_does(photos: Path) -> None:
+    index, reader = Index.load(photos), ShardReader(Index.load(photos), photos)
+    data = DataConfig(shards=photos, image_size=64, augment="resized_crop", rand_augment=(1, 20))
+    window = {"anchor": np.full((14, 2), 40, dtype=np.int32), "shape": np.full((14, 2), 64, dtype=np.int32)}
+    columns = {"raw": [reader.read(3)] * 14, **window}
+    columns |= {"operations": np.arange(14, dtype=np.int32)[:, None], "signs": np.zeros((14, 1), dtype=np.int32)}
+    (images,) = Decoder(data, list(columns)[1:], 14, torch.device("cpu"), threads=1, depth=1).run([columns])
+    assert isinstance(images, torch.Tensor)
+    image = picture(index, reader, 3).crop((40, 40, 104, 104))
+    shift, shear, grey = 20 / 30 * round(64 * 100 / 224), 0.2, (128, 128, 128)
+
+    def moved(matrix: tuple[float, ...]) -> Image.Image:
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=grey)
+
+    expected = [
+        moved((1, 0, -shift, 0, 1, 0)),
+        moved((1, 0, 0, 0, 1, -shift)),
+        moved((1, -shear, 0, 0, 1, 0)),
+        moved((1, 0, 0, -shear, 1, 0)),
+        image.rotate(20, Image.Resampling.BILINEAR, fillcolor=grey),
+        ImageEnhance.Brightness(image).enhance(1.6),
+        ImageEnhance.Contrast(image).enhance(1.6),
+        ImageEnhance.Color(image).enhance(1.6),
+        ImageEnhance.Sharpness(image).enhance(1.6),
+        ImageOps.posterize(image, 5),
+        ImageOps.solarize(image, round(256 / 3)),
+        equalized(image),
+        ImageOps.autocontrast(image),
+        image,
+    ]
+    found = levels(images)[:, 4:-4, 4:-4]
+    apart = [np.abs(a - np.asarray(b, dtype=np.float64)[4:-4, 4:-4]).mean() for a, b in zip(found, expected)]
+    print("mean difference from PIL by operation:", np.round(apart, 2).tolist())
+    assert max(apart) < 1
+    changed = [np.abs(a - found[-1]).mean() for a in found[:-1]]
+    assert min(changed) > 1
