@@ -57,7 +57,11 @@ def cifar(path: Path, classes: int) -> Source:
     Raises:
         DataError: it is neither, or files of it are missing or damaged.
     """
-    names, splits = _load(path, classes)
+    try:
+        stamp = archives.stamp(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    names, splits = _load(path, classes, stamp)
     items = {
         split: [Item(f"{split}/{number:05d}", int(label), _PIXELS) for number, label in enumerate(labels)]
         for split, (_, labels) in splits.items()
@@ -66,12 +70,12 @@ def cifar(path: Path, classes: int) -> Source:
         wrong = next((item for item in part if not 0 <= item.label < len(names)), None)
         if wrong:
             raise DataError(f"{path}: image {wrong.name} has label {wrong.label}, {split} has {len(names)} classes")
-    return Source(names, items, partial(_read, path, classes), archives.stamp(path))
+    return Source(names, items, partial(_read, path, classes, stamp), stamp)
 
 
-def _read(path: Path, classes: int, item: Item) -> bytes:
+def _read(path: Path, classes: int, stamp: str, item: Item) -> bytes:
     split, _, number = item.name.partition("/")
-    images, _ = _load(path, classes)[1][split]
+    images, _ = _load(path, classes, stamp)[1][split]
     return png(images[int(number)])
 
 
@@ -79,8 +83,8 @@ Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 @lru_cache(maxsize=1)
-def _load(path: Path, classes: int) -> tuple[tuple[str, ...], dict[str, Split]]:
-    """Class names and, by split, images uint8 [N, 32, 32, 3] and labels int64 [N]."""
+def _load(path: Path, classes: int, stamp: str) -> tuple[tuple[str, ...], dict[str, Split]]:
+    """Class names and, by split, images uint8 [N, 32, 32, 3] and labels int64 [N]; ``stamp`` tells the file's versions apart."""
     form, files = _FORMS[classes], _files(path)
     if form.test in files:
         parse: Callable[[str], Split] = partial(_python, form, path, files)
@@ -131,8 +135,8 @@ def _files(path: Path) -> dict[str, bytes]:
             return {m.name.rpartition("/")[2]: f.read() for m in tar if (f := tar.extractfile(m))}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: is not an archive, or a damaged one ({error}); fetch it again") from None
+    except (tarfile.TarError, EOFError):
+        raise DataError(f"{path}: is not an archive, or a damaged one; fetch it again") from None
 
 
 def _file(path: Path, name: str, files: Mapping[str, bytes]) -> bytes:

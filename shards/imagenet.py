@@ -178,8 +178,8 @@ def _of_kit(path: Path, name: str) -> bytes:
             for member in tar:
                 if member.name.endswith(f"data/{name}") and (file := tar.extractfile(member)):
                     return file.read()
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: is not ILSVRC's devkit, or damaged ({error})") from None
+    except (tarfile.TarError, EOFError):
+        raise DataError(f"{path}: is neither a text nor ILSVRC's devkit, or damaged") from None
     raise DataError(f"{path}: has no data/{name}; give ILSVRC's devkit of 2012")
 
 
@@ -190,5 +190,5 @@ def _synsets(meta: bytes) -> dict[int, str]:
     try:
         rows: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise DataError(f"meta.mat of the devkit: cannot be understood ({error})") from None

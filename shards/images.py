@@ -122,10 +122,10 @@ def _odd(image: Image.Image, data: bytes) -> list[str]:
     # Pillow shows a PNG of three 16 bit channels as RGB; the depth stands in its header.
     if image.mode.startswith("I") or (image.format == "PNG" and data[24] == 16):
         odd.append("16 bit")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        odd.append("alpha")
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        odd.append("animated")
+        odd.append("animated")  # Pillow gives all of these an alpha channel
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        odd.append("alpha")
     if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) != 1:
         odd.append("orientation")
     return odd

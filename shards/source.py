@@ -8,7 +8,6 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,12 +96,11 @@ class Source:
         unlabeled: list[Item] = []
         for item in shuffled(self.splits["train"], f"{salt}/{seed}" if seed else salt):
             (unlabeled if item.label == UNLABELED else by_class[item.label]).append(item)
-        for name, items in zip(self.classes, by_class):
-            if len(items) < per_class + spare:
-                raise DataError(
-                    f"{option} is {per_class}, but class '{name}' has {len(items)} images; "
-                    f"use at most {max(0, len(items) - spare)}"
-                )
+        name, least = min(zip(self.classes, map(len, by_class)), key=lambda pair: pair[1])
+        if least < per_class + spare:
+            raise DataError(
+                f"{option} is {per_class}, but class '{name}' has {least} images; use at most {max(0, least - spare)}"
+            )
         return by_class, unlabeled
 
 
@@ -122,15 +120,11 @@ def read_file(root: Path, item: Item) -> bytes:
     path, offset = item.place
     if offset < 0:
         raise OSError("a link or a device, not a file")
-    data = os.pread(_descriptor(path), item.size, offset)
+    with open(path, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), item.size, offset)
     if len(data) < item.size:
         raise OSError(f"{path} ends before the image does")
     return data
-
-
-@lru_cache(maxsize=4)
-def _descriptor(path: str) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def png(image: Any) -> bytes:
