@@ -6,12 +6,18 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dist_train.errors import UserError
-from shards import check, make, sources
+from dist_train.errors import DataError, UserError
+from shards import check, cifar, imagenet, info, make, sources, subset
+from shards.images import AS_IS, Storing
+from shards.index import QUARANTINE_FILE
+from shards.progress import Progress
+from shards.source import Source
+
+CORES = len(os.sched_getaffinity(0))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shards: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("shards: stopped; nothing is left of the unfinished splits", file=sys.stderr)
+        print("shards: stopped; the same command goes on", file=sys.stderr)
         return 130
     return code
 
@@ -36,99 +42,157 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m shards", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    making = verbs.add_parser("make", help="write shards")
-    kinds = making.add_subparsers(required=True, metavar="SOURCE")
-    digits = kinds.add_parser("digits", help="the handwritten digits that scikit-learn ships")
-    folder = kinds.add_parser("folder", help="class folders of image files, also within train/ val/ test/")
-    folder.add_argument("source", type=Path, metavar="SRC", help="folder of class folders, or of train/ val/ test/")
-    for parser_of_kind in (digits, folder):
-        parser_of_kind.add_argument("out", type=Path, metavar="OUT", help="folder for the shards, one folder per split")
-        parser_of_kind.add_argument(
-            "--shard-size", type=_shard_size, default="128MB", metavar="SIZE",
-            help="samples per shard (1000) or megabytes of images per shard (128MB); default: %(default)s",
-        )  # fmt: skip
-        parser_of_kind.add_argument(
-            "--workers",
-            type=_positive,
-            default=len(os.sched_getaffinity(0)),
-            help="processes; default: the cores, %(default)s",
-        )
-        parser_of_kind.add_argument(
-            "--per-class",
-            type=_positive,
-            metavar="N",
-            help="take only N images of every class of train, val's included",
-        )
-        parser_of_kind.add_argument(
-            "--labels-per-class",
-            type=_positive,
-            metavar="N",
-            help="keep the labels of N images of every class of train only",
-        )
-    folder.add_argument(
-        "--val-per-class", type=_positive, metavar="N", help="make a val split of N images per class of train"
+    making = verbs.add_parser(
+        "make", help="write shards", description="Write shards; after an interruption the same command goes on."
     )
-    digits.set_defaults(run=_make_digits)
-    folder.set_defaults(run=_make_folder)
+    kinds = making.add_subparsers(required=True, metavar="SOURCE")
+    for kind, what, source in (
+        ("digits", "the handwritten digits that scikit-learn ships", None),
+        ("folder", "class folders of image files, also within train/ val/ test/, on disk or in a tar", "folder or tar"),
+        ("imagenet", "ImageNet's original archives, or unpacked", "folder of the archives, or with train/ and val/"),
+        ("cifar10", "CIFAR-10's official archive", "python or binary archive, or a folder with its files"),
+        ("cifar100", "CIFAR-100's official archive", "python or binary archive, or a folder with its files"),
+    ):
+        one = kinds.add_parser(kind, help=what, description=f"Make shards of {what}.")
+        if source:
+            one.add_argument("source", type=Path, metavar="SRC", help=source)
+        one.add_argument("out", type=Path, metavar="OUT", help="folder for the shards, one folder per split")
+        if kind == "imagenet":
+            one.add_argument(
+                "--val-labels", type=Path, metavar="FILE",
+                help="classes of the validation images: the devkit, LOC_val_solution.csv, or one synset a line",
+            )  # fmt: skip
+        _add_choice(one)
+        _add_storing(one)
+        one.set_defaults(run=_make, kind=kind, seed=0)
     checking = verbs.add_parser(
-        "check", help="compare shards with their index: sizes, hashes, offsets, labels, image headers"
+        "check",
+        help="look through shards: tars against the index, every image decoded, duplicates",
+        description=f"Look through shards. Training leaves out what is found, by {QUARANTINE_FILE} in the split's folder.",
     )
     checking.add_argument("folder", type=Path, metavar="FOLDER", help="a split, or the folder of the splits")
+    checking.add_argument("--workers", type=_positive, default=CORES, help="processes; default: the cores, %(default)s")
     checking.set_defaults(run=_check)
+    part = verbs.add_parser(
+        "subset",
+        help="a part of shards: fewer images, a val split, fewer labels",
+        description="Choose by seed from train; the other splits stay whole. Without --copy no image is copied.",
+    )
+    part.add_argument("source", type=Path, metavar="SRC", help="folder of the splits")
+    part.add_argument("out", type=Path, metavar="OUT", help="folder for the subset's splits")
+    _add_choice(part)
+    part.add_argument("--seed", type=int, default=0, help="which images are chosen; default: %(default)s")
+    part.add_argument("--copy", action="store_true", help="write new shards instead of lists over the old ones")
+    _add_storing(part)
+    part.set_defaults(run=_subset)
+    telling = verbs.add_parser("info", help="what is there")
+    telling.add_argument("folder", type=Path, metavar="FOLDER", help="a split, or the folder of the splits")
+    telling.set_defaults(run=_info)
     return parser
 
 
-def _make_digits(options: argparse.Namespace) -> int:
-    return _make(sources.digits(), options, val_per_class=None)
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--per-class", type=_positive, metavar="N", help="take only N images of every class of train, val's included"
+    )
+    parser.add_argument(
+        "--val-per-class", type=_positive, metavar="N", help="make a val split of N images per class of train"
+    )
+    parser.add_argument(
+        "--labels-per-class", type=_positive, metavar="N",
+        help="keep the labels of N images of every class of train only",
+    )  # fmt: skip
 
 
-def _make_folder(options: argparse.Namespace) -> int:
-    return _make(sources.folder(options.source), options, options.val_per_class)
+def _add_storing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard-size", type=_shard_size, default="128MB", metavar="SIZE",
+        help="samples per shard (1000) or megabytes of source images per shard (128MB); default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=_positive, default=CORES, help="processes; default: the cores, %(default)s")
+    parser.add_argument(
+        "--max-size", type=_positive, metavar="PIXELS",
+        help="re-encode all as JPEG, upright, the shorter side at most so long; default: stored as they are",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quality",
+        type=int,
+        choices=range(1, 96),
+        metavar="Q",
+        help="re-encode all as JPEG of this quality; default: 90",
+    )
+    parser.add_argument(
+        "--odd", choices=("keep", "convert"), default="keep",
+        help="CMYK, palette, 16 bit, alpha and animated images as they are, or as plain PNG; default: %(default)s",
+    )  # fmt: skip
 
 
-def _make(source: sources.Source, options: argparse.Namespace, val_per_class: int | None) -> int:
-    if options.per_class:
-        source = source.few(options.per_class)
-    if val_per_class:
-        source = source.hold_out(val_per_class)
-    if options.labels_per_class:
-        source = source.labeled(options.labels_per_class)
+def _chosen(source: Source, options: argparse.Namespace) -> Source:
+    return subset.choose(source, options.per_class, options.val_per_class, options.labels_per_class, options.seed)
+
+
+def _make(options: argparse.Namespace) -> int:
+    openers: dict[str, Callable[[Path], Source]] = {
+        "digits": lambda _: sources.digits(),
+        "folder": lambda scratch: sources.folder(options.source, scratch),
+        "imagenet": lambda _: imagenet.imagenet(options.source, options.val_labels),
+        "cifar10": lambda _: cifar.cifar(options.source, 10),
+        "cifar100": lambda _: cifar.cifar(options.source, 100),
+    }
+    return _pack(lambda scratch: _chosen(openers[options.kind](scratch), options), options)
+
+
+def _pack(source: Callable[[Path], Source], options: argparse.Namespace) -> int:
     began = time.perf_counter()
-    progress = _progress if sys.stderr.isatty() else None
-    made = make.make(source, options.out, options.shard_size, options.workers, progress)
+    storing = Storing(options.max_size, options.quality, options.odd)
+    made = make.make(source, options.out, options.shard_size, options.workers, Progress(), storing)
     for one in made:
-        index = one.index
-        megabytes = sum(shard.bytes for shard in index.shards) / 1e6
-        print(
-            f"{one.folder}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, "
-            f"{megabytes:.1f} MB, fingerprint {index.fingerprint[:12]}"
-        )
-        for what, entries in (("skipped", one.skipped), ("turned into PNG", one.converted)):
-            if entries:
-                name, reason = entries[0]
-                print(
-                    f"  {len(entries)} {what}, see {make.MANIFEST} ({name}: {reason}{'; ...' if len(entries) > 1 else ''})"
-                )
+        print("\n".join(info.describe(one.folder)))
     images = sum(len(one.index) for one in made)
     seconds = time.perf_counter() - began
     print(f"{images} images in {seconds:.1f} s, {images / seconds:.0f} images/s")
     return 0
 
 
-def _progress(split: str, done: int, total: int) -> None:
-    print(f"\r{split}: {done} of {total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
 def _check(options: argparse.Namespace) -> int:
-    faults = 0
+    checked = []
     for split in check.split_folders(options.folder):
-        found = 0
-        for fault in check.check(split):
+        one = check.check(split, options.workers, Progress())
+        for fault in one.faults:
             print(f"shards: {fault}", file=sys.stderr)
-            found += 1
-        print(f"{split}: {f'{found} faults' if found else 'no fault'}")
-        faults += found
-    return 2 if faults else 0
+        for entry in one.bad:
+            print(f"shards: {split}: {entry.key}: {entry.why}", file=sys.stderr)
+        one.index.save_quarantine(one.bad)
+        faults = len(one.faults) + len(one.bad)
+        print(f"{split}: {len(one.index)} images, {f'{faults} faults' if faults else 'no fault'}")
+        print(f"  {info.per_class(one.index)}")
+        if one.bad:
+            print(f"  {len(one.bad)} images are in {QUARANTINE_FILE}, training leaves them out")
+        checked.append(one)
+    for line in check.duplicates(checked):
+        print(line)
+    return 2 if any(one.faults or one.bad for one in checked) else 0
+
+
+def _subset(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name) for name in ("per_class", "val_per_class", "labels_per_class")}
+    rule = {name: value for name, value in given.items() if value}
+    if not rule:
+        raise DataError("nothing is chosen; give --per-class, --val-per-class or --labels-per-class")
+    if options.copy:
+        return _pack(lambda _: _chosen(subset.open_shards(options.source), options), options)
+    if Storing(options.max_size, options.quality, options.odd) != AS_IS:
+        raise DataError("--max-size, --quality and --odd are for new shards; give --copy as well")
+    source = _chosen(subset.open_shards(options.source), options)
+    for folder in subset.save_lists(source, options.source, options.out, {**rule, "seed": options.seed}):
+        print("\n".join(info.describe(folder)))
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    for split in check.split_folders(options.folder):
+        print("\n".join(info.describe(split)))
+    return 0
 
 
 def _positive(text: str) -> int:

@@ -1,14 +1,47 @@
-"""Checking finished shards against their index: sizes, hashes, the tars' own headers, labels and the images' headers."""
+"""Checking finished shards: every tar against the index, every image by decoding it, and which images are there twice."""
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dist_train.errors import DataError
-from shards.images import Unreadable, inspect
-from shards.index import FILE, UNLABELED, Index
+from shards.images import Unreadable, decoded_size
+from shards.index import FILE, UNLABELED, Bad, Index
+from shards.make import Report, in_processes
+
+_NAMED = 3
+"""Duplicates that are named; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A split that was looked through: what is wrong with its shards, with which samples, and every image's digest.
+
+    ``digests`` are of the encoded images, in the order of the whole index; empty where the shard could not be read.
+    """
+
+    index: Index
+    faults: list[str]
+    bad: list[Bad]
+    digests: NDArray[np.bytes_]
+
+
+class _Found(NamedTuple):
+    """The same of one shard."""
+
+    faults: list[str]
+    bad: list[Bad]
+    digests: NDArray[np.bytes_]
 
 
 def split_folders(folder: Path) -> list[Path]:
@@ -27,53 +60,126 @@ def split_folders(folder: Path) -> list[Path]:
     return splits
 
 
-def check(folder: Path) -> Iterator[str]:
-    """Yield one line for every fault of a split.
+def check(folder: Path, workers: int = 1, report: Report | None = None) -> Checked:
+    """Look through every shard of a split, in ``workers`` processes.
+
+    Samples that the quarantine list keeps from training are looked at again as well.
 
     Raises:
         DataError: the index itself is missing or damaged.
     """
-    index = Index.load(folder)
-    for number, shard in enumerate(index.shards):
-        path = folder / shard.name
-        try:
-            index.verify_shard(number, "hash")
-            members = _members(path)
-        except (DataError, OSError, tarfile.TarError) as error:
-            yield str(error)
-            continue
-        yield from _check_shard(index, number, path, members)
+    index = Index.load(folder, quarantine=False)
+    faults: list[str] = []
+    bad: list[Bad] = []
+    digests: list[NDArray[np.bytes_]] = []
+    tasks = [(folder, number) for number in range(len(index.shards))]
+    done = 0
+    for one in in_processes(_check_shard, tasks, workers):
+        faults += one.faults
+        bad += one.bad
+        digests.append(one.digests)
+        done += len(one.digests)
+        if report:
+            report(folder.name, done, len(index))
+    return Checked(index, faults, bad, np.concatenate(digests))
 
 
-def _members(path: Path) -> dict[str, tuple[int, int]]:
-    with tarfile.open(path, "r:") as tar:
-        return {member.name: (member.offset_data, member.size) for member in tar}
+def duplicates(checked: Sequence[Checked]) -> list[str]:
+    """Lines about images that are there twice, byte for byte, within a split or in two of them."""
+    lines = []
+    for number, one in enumerate(checked):
+        lines += _repeated(one)
+        for other in checked[number + 1 :]:
+            lines += _shared(one, other)
+    return lines
 
 
-def _check_shard(index: Index, number: int, path: Path, members: dict[str, tuple[int, int]]) -> Iterator[str]:
+def _repeated(one: Checked) -> list[str]:
+    order = np.argsort(one.digests, kind="stable")
+    ordered = one.digests[order]
+    again = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != b"")) + 1
+    if not len(again):
+        return []
+    pairs = np.stack([order[again - 1], order[again]], axis=1)
+    pairs = pairs[np.argsort(pairs[:, 1])]
+    other = int((one.index.label[pairs[:, 0]] != one.index.label[pairs[:, 1]]).sum())
+    text = f"{_name(one)}: {len(again)} images are there more than once, {other} of them with another label"
+    return [f"{text} ({_some([(_key(one, a), _key(one, b)) for a, b in pairs[:_NAMED]], len(pairs))})"]
+
+
+def _shared(one: Checked, other: Checked) -> list[str]:
+    _, here, there = np.intersect1d(one.digests, other.digests, return_indices=True)
+    read = one.digests[here] != b""
+    here, there = here[read], there[read]
+    if not len(here):
+        return []
+    named = [(_key(one, a), _key(other, b)) for a, b in zip(here[:_NAMED], there)]
+    return [f"{_name(one)} and {_name(other)}: share {len(here)} images ({_some(named, len(here))})"]
+
+
+def _some(pairs: list[tuple[str, str]], total: int) -> str:
+    return "; ".join(" = ".join(pair) for pair in pairs) + ("; ..." if total > len(pairs) else "")
+
+
+def _name(one: Checked) -> str:
+    return one.index.folder.name if one.index.folder else ""
+
+
+def _key(one: Checked, sample: int) -> str:
+    return str(one.index.key[sample].decode())
+
+
+@lru_cache(maxsize=1)
+def _index(folder: Path) -> Index:
+    return Index.load(folder, quarantine=False)
+
+
+def _check_shard(task: tuple[Path, int]) -> _Found:
+    folder, number = task
+    index = _index(folder)
     first, last = index.shard.searchsorted([number, number + 1]).tolist()
-    with open(path, "rb") as file:
-
-        def content(offset: int, size: int) -> bytes:
-            file.seek(offset)
-            return file.read(size)
-
-        for sample in range(first, last):
-            key = index.key[sample].decode()
-            name = f"{key}.{index.ext[sample].decode()}"
-            where = (int(index.offset[sample]), int(index.size[sample]))
-            if members.get(name) != where:
-                yield f"{path}: {name}: the tar has it at {members.get(name)}, the index at {where} (offset, size)"
-                continue
-            if index.label[sample] != UNLABELED:
-                label = content(*members.get(f"{key}.cls", (0, 0)))
-                if label != str(index.label[sample]).encode():
-                    yield f"{path}: {key}.cls: the tar has {label.decode(errors='replace')!r}, the index {index.label[sample]}"
+    found = _Found([], [], np.zeros(last - first, "S16"))
+    path = folder / index.shards[number].name
+    try:
+        index.verify_shard(number, "hash")
+    except DataError as error:
+        found.faults.append(str(error))
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                image = inspect(content(*where))
-            except Unreadable as error:
-                yield f"{path}: {name}: {error}"
-                continue
-            found, expected = (image.width, image.height), (int(index.width[sample]), int(index.height[sample]))
-            if found != expected:
-                yield f"{path}: {name}: is {found[0]} x {found[1]}, the index says {expected[0]} x {expected[1]}"
+                with tarfile.open(fileobj=data, mode="r:") as tar:
+                    members = {member.name: (member.offset_data, member.size) for member in tar}
+            except tarfile.TarError as error:
+                found.faults.append(f"{path}: is not a tar archive, or a damaged one ({error})")
+                return found
+            for place, sample in enumerate(range(first, last)):
+                offset, size = int(index.offset[sample]), int(index.size[sample])
+                image = data[offset : offset + size]
+                found.digests[place] = hashlib.sha256(image).digest()[:16]
+                for why in _faults(index, sample, members, data, image):
+                    found.bad.append(Bad(sample, index.key[sample].decode(), why))
+                    break
+    except (OSError, ValueError) as error:  # gone, or empty, which cannot be mapped
+        found.faults.append(f"{path}: cannot be read ({error})")
+    return found
+
+
+def _faults(
+    index: Index, sample: int, members: dict[str, tuple[int, int]], data: mmap.mmap, image: bytes
+) -> Iterator[str]:
+    """What is wrong with a sample."""
+    key, label = index.key[sample].decode(), int(index.label[sample])
+    name, where = f"{key}.{index.ext[sample].decode()}", (int(index.offset[sample]), int(index.size[sample]))
+    if members.get(name) != where:
+        yield f"the tar has {name} at {members.get(name)}, the index at {where} (offset, size)"
+    offset, size = members.get(f"{key}.cls", (0, 0))
+    stored = data[offset : offset + size]
+    if label != UNLABELED and stored != str(label).encode():
+        yield f"its label is {stored.decode(errors='replace')!r} in the tar, {label} in the index"
+    try:
+        found, expected = decoded_size(image), (int(index.width[sample]), int(index.height[sample]))
+    except Unreadable as error:
+        yield str(error)
+        return
+    if found != expected:
+        yield f"is {found[0]} x {found[1]}, the index says {expected[0]} x {expected[1]}"

@@ -1,45 +1,57 @@
-"""The index of a split: what lies where in its shards; the one reader and writer of index.json."""
+"""The index of a split: what lies where in its shards; the one reader and writer of index.json and the files beside it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.errors import DataError
+from shards import columns as table
 
-FORMAT = 1
+FORMAT = 2
 FILE = "index.json"
+COLUMNS_FILE = "index.bin"
+QUARANTINE_FILE = "quarantine.json"
 UNLABELED = -100
 
+# In the order of the file: numbers of 8 bytes before those of 4 and text, so that all are aligned.
 _COLUMNS: dict[str, Any] = {
-    "key": np.bytes_,
-    "shard": np.int32,
     "offset": np.int64,
     "size": np.int64,
     "label": np.int64,
-    "ext": np.bytes_,
+    "shard": np.int32,
     "width": np.int32,
     "height": np.int32,
+    "key": np.bytes_,
+    "ext": np.bytes_,
 }
+_LIST_COLUMNS = {"id": "<i8", "label": "<i8"}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name, its length in bytes, the SHA-256 of the file in hex, and how many samples it holds."""
+    """One tar: its file name, its length in bytes, the SHA-256 of the file in hex, and how many of its samples are meant."""
 
     name: str
     bytes: int
     sha256: str
     samples: int
+
+
+class Bad(NamedTuple):
+    """A sample that is not to be used: its id in the whole split, its key, and why."""
+
+    id: int
+    key: str
+    why: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +61,11 @@ class Index:
     Columns, each of length N: ``key`` and ``ext`` (ASCII bytes: ``<key>.<ext>`` is the image's name in the tar),
     ``shard`` (int32, never falling), ``offset`` and ``size`` (int64: the image's bytes in that tar), ``label`` (int64,
     UNLABELED without one), ``width`` and ``height`` (int32 pixels, as stored, without regard to an orientation tag).
-    ``folder`` is where the index was loaded from.
+    ``fingerprint`` is a SHA-256 in hex over all that, ``folder`` is where the index was loaded from, ``left_out`` the
+    number of samples that the split's quarantine list has kept out.
+
+    A split may also be a list over another split, which :meth:`save_list` writes.  Loaded, it is an index like others,
+    whose shards have absolute names.
     """
 
     classes: tuple[str, ...]
@@ -62,97 +78,146 @@ class Index:
     ext: NDArray[np.bytes_]
     width: NDArray[np.int32]
     height: NDArray[np.int32]
+    fingerprint: str
     folder: Path | None = None
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.label)
 
     @classmethod
-    def from_columns(
-        cls, classes: Sequence[str], shards: Sequence[Shard], columns: dict[str, Any], folder: Path | None = None
-    ) -> Index:
+    def from_columns(cls, classes: Sequence[str], shards: Sequence[Shard], columns: Mapping[str, Any]) -> Index:
         """Build an index from one sequence per column and check that it is consistent.
 
         Raises:
             DataError: columns of different lengths or types, a label outside the classes, bytes outside their shard.
         """
-        where = str(folder / FILE) if folder else "index"
         try:
             arrays = {name: _column(columns[name], dtype) for name, dtype in _COLUMNS.items()}
         except (KeyError, ValueError, TypeError, OverflowError, UnicodeEncodeError) as error:
-            raise DataError(f"{where}: has a faulty column ({error}); make the shards again") from None
-        index = cls(tuple(classes), tuple(shards), **arrays, folder=folder)
-        fault = index._fault()
-        if fault:
-            raise DataError(f"{where}: {fault}; make the shards again")
-        return index
+            raise DataError(f"index: has a faulty column ({error}); make the shards again") from None
+        return cls._checked(tuple(classes), tuple(shards), arrays, None)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Index:
-        """Read the index of the split in ``folder``.
+    def load(cls, folder: str | Path, quarantine: bool = True) -> Index:
+        """Read the index of the split in ``folder``, without the samples of its quarantine list, if there is one.
+
+        The columns are mapped into memory, so the processes of a machine share them.
 
         Raises:
-            DataError: no folder, no index, an index of a newer version, one that is malformed, or one that was changed.
+            DataError: no folder, no index, one of another version, one that is malformed or was changed, a list over
+                a split that is not there or is another one now, or a quarantine list for other shards.
         """
         folder = Path(folder)
-        path = folder / FILE
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder of shards; make it with `python -m shards make`")
+        tree = _read_json(folder)
+        bad: Iterable[int] = ()
         try:
-            tree = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise DataError(f"{folder}: has no {FILE}; make the shards with `python -m shards make`") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise DataError(f"{path}: is not valid JSON ({error}); make the shards again") from None
-        version = tree.get("format") if isinstance(tree, dict) else None
-        if not isinstance(version, int):
-            raise DataError(f"{path}: is not an index of shards; make the shards with `python -m shards make`")
-        if version > FORMAT:
-            raise DataError(f"{path}: has format {version}, this version reads up to {FORMAT}; update the program")
-        try:
-            shards = [Shard(**shard) for shard in tree["shards"]]
-            index = cls.from_columns(tree["classes"], shards, tree["samples"], folder)
+            if "of" in tree:
+                index, bad = cls._load_list(folder, tree)
+            else:
+                shards = tuple(Shard(**shard) for shard in tree["shards"])
+                index = cls._checked(tuple(tree["classes"]), shards, _read_columns(folder, tree, _COLUMNS), folder)
             stored = tree["fingerprint"]
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: is malformed ({error}); make the shards again") from None
+            raise DataError(f"{folder / FILE}: is malformed ({error!r}); make the shards again") from None
         if stored != index.fingerprint:
             raise DataError(
-                f"{path}: its fingerprint is {str(stored)[:12]}, its contents give {index.fingerprint[:12]}; "
+                f"{folder / FILE}: its fingerprint is {str(stored)[:12]}, its contents give {index.fingerprint[:12]}; "
                 "it was changed by hand or damaged, make the shards again"
             )
-        return index
+        if not quarantine:
+            return index
+        bad = {*bad, *(entry.id for entry in index.quarantined())}
+        return index._without(sorted(bad)) if bad else index
 
     def save(self, folder: str | Path) -> None:
-        """Write index.json into ``folder``, whole or not at all."""
+        """Write index.json, and the columns beside it, into ``folder``."""
+        arrays = {name: getattr(self, name) for name in _COLUMNS}
+        table.write(Path(folder) / COLUMNS_FILE, arrays)
         tree = {
             "format": FORMAT,
-            "fingerprint": self.fingerprint,
+            "fingerprint": _fingerprint(self.classes, self.shards, arrays),
+            "rows": len(self),
+            "columns": {name: array.dtype.str for name, array in arrays.items()},
             "classes": list(self.classes),
             "shards": [asdict(shard) for shard in self.shards],
-            "samples": {name: getattr(self, name).astype("U" if dtype is np.bytes_ else dtype).tolist()
-                        for name, dtype in _COLUMNS.items()},
-        }  # fmt: skip
-        path = Path(folder) / FILE
-        draft = path.with_name(f".{FILE}.tmp")
-        with open(draft, "w", encoding="ascii") as file:
-            json.dump(tree, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        }
+        _write_json(Path(folder) / FILE, tree)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 in hex over classes, shards and all columns, whatever way they are written down."""
-        digest = hashlib.sha256()
-        head = {"classes": self.classes, "shards": [asdict(shard) for shard in self.shards]}
-        digest.update(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
-        for name, dtype in _COLUMNS.items():
-            column = getattr(self, name)
-            digest.update(f"\n{name}\n".encode())
-            digest.update(b"\n".join(column.tolist()) if dtype is np.bytes_ else column.astype("<i8").tobytes())
-        return digest.hexdigest()
+    def save_list(
+        self, folder: Path, ids: NDArray[np.int64], label: NDArray[np.int64], rule: Mapping[str, Any], place: Path
+    ) -> None:
+        """Make ``folder`` a split of the samples ``ids`` (rising) of this loaded one with the labels ``label``.
+
+        No image is copied: the split's index.json refers to this one, by a path relative to ``place``, where the folder
+        will be, and by its fingerprint.  ``rule`` says for people how the samples were chosen.
+        """
+        assert self.folder is not None, "only an index that was loaded can be referred to"
+        table.write(folder / COLUMNS_FILE, {"id": ids.astype("<i8"), "label": label.astype("<i8")})
+        tree = {
+            "format": FORMAT,
+            "fingerprint": self.take(ids, label).fingerprint,
+            "of": os.path.relpath(self.folder.resolve(), place.resolve()),
+            "of_fingerprint": self.fingerprint,
+            "rule": dict(rule),
+            "rows": len(ids),
+            "columns": _LIST_COLUMNS,
+        }
+        _write_json(folder / FILE, tree)
+
+    def take(self, ids: NDArray[np.int64], label: NDArray[np.int64] | None = None) -> Index:
+        """The samples ``ids`` (rising) alone, with other labels where they are given; the shards are those that they lie in."""
+        used, shard, counts = np.unique(self.shard[ids], return_inverse=True, return_counts=True)
+        root = self.folder.resolve() if self.folder else Path()
+        shards = tuple(
+            replace(self.shards[number], name=str(root / self.shards[number].name), samples=int(count))
+            for number, count in zip(used, counts)
+        )
+        label = self.label[ids] if label is None else label
+        arrays: Any = {name: getattr(self, name)[ids] for name in _COLUMNS if name not in ("shard", "label")}
+        digest = hashlib.sha256(self.fingerprint.encode())
+        digest.update(ids.astype("<i8").tobytes() + label.astype("<i8").tobytes())
+        return replace(
+            self,
+            shards=shards,
+            shard=shard.reshape(-1).astype(np.int32),
+            label=label,
+            fingerprint=digest.hexdigest(),
+            **arrays,
+        )
+
+    def quarantined(self) -> list[Bad]:
+        """The entries of the quarantine list beside this index, which must be one of the whole split.
+
+        Raises:
+            DataError: the list is malformed, or was written for other shards.
+        """
+        assert self.folder is not None, "only an index that was loaded has a quarantine list"
+        path = self.folder / QUARANTINE_FILE
+        try:
+            tree = json.loads(path.read_bytes())
+            entries = [Bad(int(entry["id"]), str(entry["key"]), str(entry["why"])) for entry in tree["samples"]]
+            fits = tree["fingerprint"] == self.fingerprint and all(0 <= entry.id < len(self) for entry in entries)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: is malformed ({error!r}); run `python -m shards check {self.folder}` again"
+            ) from None
+        if not fits:
+            raise DataError(f"{path}: was written for other shards; run `python -m shards check {self.folder}` again")
+        return entries
+
+    def save_quarantine(self, entries: Sequence[Bad]) -> None:
+        """Write the quarantine list of this split, which must be loaded whole; an empty one is removed."""
+        assert self.folder is not None, "only an index that was loaded has a quarantine list"
+        path = self.folder / QUARANTINE_FILE
+        if entries:
+            _write_json(path, {"fingerprint": self.fingerprint, "samples": [entry._asdict() for entry in entries]})
+        else:
+            path.unlink(missing_ok=True)
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -187,18 +252,58 @@ class Index:
                 f"{path}: has SHA-256 {digest[:12]}, the index says {shard.sha256[:12]}; it was changed, make the shards again"
             )
 
+    @classmethod
+    def _checked(
+        cls,
+        classes: tuple[str, ...],
+        shards: tuple[Shard, ...],
+        arrays: Mapping[str, Any],
+        folder: Path | None,
+    ) -> Index:
+        where = folder / FILE if folder else "index"
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"{where}: its columns differ in length ({lengths}); make the shards again")
+        index = cls(classes, shards, fingerprint=_fingerprint(classes, shards, arrays), folder=folder, **arrays)
+        if fault := index._fault():
+            raise DataError(f"{where}: {fault}; make the shards again")
+        return index
+
+    @classmethod
+    def _load_list(cls, folder: Path, tree: Mapping[str, Any]) -> tuple[Index, Iterable[int]]:
+        """The list in ``folder`` as an index, and which of its samples are in the quarantine of the split that it refers to."""
+        source = Path(os.path.normpath(folder.resolve() / tree["of"]))
+        if not source.is_dir():
+            raise DataError(f"{folder / FILE}: refers to the shards in {source}, which are not there; move them back")
+        whole = cls.load(source, quarantine=False)
+        if whole.fingerprint != tree["of_fingerprint"]:
+            raise DataError(f"{folder / FILE}: the shards in {source} are others now; make the subset again")
+        rows = _read_columns(folder, tree, _LIST_COLUMNS)
+        ids, label = rows["id"], rows["label"]
+        if not len(ids) or ids[0] < 0 or ids[-1] >= len(whole) or np.any(np.diff(ids) <= 0):
+            raise DataError(
+                f"{folder / COLUMNS_FILE}: its ids must rise from 0 to at most {len(whole) - 1}; make it again"
+            )
+        index = replace(whole.take(ids, label), folder=folder)
+        if fault := index._fault():
+            raise DataError(f"{folder / FILE}: {fault}; make the subset again")
+        bad = [entry.id for entry in whole.quarantined()]
+        return index, np.flatnonzero(np.isin(ids, bad)).tolist()
+
+    def _without(self, bad: list[int]) -> Index:
+        if len(bad) == len(self):
+            raise DataError(f"{self.folder}: all of its samples are in quarantine; make the shards again")
+        return replace(self.take(np.delete(np.arange(len(self)), bad)), left_out=len(bad))
+
     def _fault(self) -> str | None:
         """What is inconsistent, if anything."""
-        lengths = {name: len(getattr(self, name)) for name in _COLUMNS}
-        if len(set(lengths.values())) > 1:
-            return f"its columns differ in length ({lengths})"
         if not len(self):
             return "it holds no samples"
         if self.shard.min() < 0 or self.shard.max() >= len(self.shards) or np.any(np.diff(self.shard) < 0):
             return f"its column shard must rise from 0 to at most {len(self.shards) - 1}"
         if not np.array_equal(self.shard_sizes, [shard.samples for shard in self.shards]):
             return "its samples per shard are not those of its shards"
-        wrong = (self.label != UNLABELED) & ((self.label < 0) | (self.label >= len(self.classes)))
+        wrong = ((self.label < 0) | (self.label >= len(self.classes))) & (self.label != UNLABELED)
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
             return f"sample {self.key[first].decode()} has label {self.label[first]}, allowed are 0 to {len(self.classes) - 1}"
@@ -219,6 +324,61 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _fingerprint(classes: Sequence[str], shards: Sequence[Shard], arrays: Mapping[str, NDArray[Any]]) -> str:
+    kinds = {name: array.dtype.str for name, array in arrays.items()}
+    head = {"classes": list(classes), "shards": [asdict(shard) for shard in shards], "columns": kinds}
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+    for array in arrays.values():
+        digest.update(table.raw(array))
+    return digest.hexdigest()
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / FILE
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of shards; make it with `python -m shards make`")
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{folder}: has no {FILE}; make the shards with `python -m shards make`") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is not valid JSON ({error}); make the shards again") from None
+    version = tree.get("format") if isinstance(tree, dict) else None
+    if not isinstance(tree, dict) or not isinstance(version, int):
+        raise DataError(f"{path}: is not an index of shards; make the shards with `python -m shards make`")
+    if version != FORMAT:
+        remedy = "update the program" if version > FORMAT else "make the shards again"
+        raise DataError(f"{path}: has format {version}, this version reads format {FORMAT}; {remedy}")
+    return tree
+
+
+def _read_columns(folder: Path, tree: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    path = folder / COLUMNS_FILE
+    try:
+        arrays = table.read(path, tree["columns"], int(tree["rows"]))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it belongs to {FILE}, copy both") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: is not what {FILE} says ({error}); make the shards again") from None
+    wrong = [
+        name for name, kind in expected.items() if name not in arrays or not np.issubdtype(arrays[name].dtype, kind)
+    ]
+    if wrong or len(arrays) != len(expected):
+        raise DataError(f"{path}: has a faulty column ({', '.join(wrong or arrays)}); make the shards again")
+    return {name: arrays[name] for name in expected}
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}.tmp")
+    with open(draft, "w", encoding="ascii") as file:
+        json.dump(tree, file, separators=(",", ":"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
 
 
 def _column(values: Any, dtype: Any) -> NDArray[Any]:

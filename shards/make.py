@@ -1,7 +1,9 @@
-"""Packing a source into shards: tars, DALI's index beside each, index.json and a manifest, a split whole or absent."""
+"""Packing a source into shards: each split whole or absent, and what was interrupted goes on where it was."""
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -9,25 +11,33 @@ import os
 import re
 import shutil
 import signal
-import tarfile
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
+
+import numpy as np
+import PIL
 
 from dist_train.errors import DataError
-from shards.images import Encoded, Unreadable, inspect
-from shards.index import Index, Shard
-from shards.sources import Item, Source, shuffled
+from shards import sources
+from shards.images import AS_IS, Storing
+from shards.index import Index
+from shards.pack import COLUMNS, Packed, Task, write_shard
+from shards.source import Item, Source, shuffled
+from shards.sources import Sample
 
-_BLOCK = 512
-_RECORD = 20 * _BLOCK
 MANIFEST = "manifest.json"
+_DRAFTS = ".making"
+_COMPLETE = "complete"
 Report = Callable[[str, int, int], None]
 """Called with (split, images done, images in all) as shards are finished."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -47,71 +57,180 @@ class ShardSize:
         return cls(bytes=number * 1_000_000) if match[2] else cls(samples=number)
 
 
-@dataclass
-class Packed:
-    """What became of one shard's items: its entry in the index, its samples' columns, and what was not stored as it was."""
-
-    shard: Shard
-    columns: dict[str, list[Any]]
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    converted: list[tuple[str, str]] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Made:
-    """A finished split: its folder, its index, and (source file, reason) of what was skipped or converted."""
+    """A finished split: its folder, its index, and its manifest: samples, classes, what was skipped, converted, or odd."""
 
     folder: Path
     index: Index
-    skipped: list[tuple[str, str]]
-    converted: list[tuple[str, str]]
+    manifest: Mapping[str, Any]
 
 
-def make(source: Source, out: Path, size: ShardSize, workers: int = 1, report: Report | None = None) -> list[Made]:
-    """Write every split of ``source`` to ``out/<split>``; the same source and size give the same bytes.
+def make(
+    source: Source | Callable[[Path], Source],
+    out: Path,
+    size: ShardSize,
+    workers: int = 1,
+    report: Report | None = None,
+    storing: Storing = AS_IS,
+) -> list[Made]:
+    """Write every split of ``source`` to ``out/<split>``; the same source, size and storing give the same bytes.
 
-    Samples are shuffled by a fixed rule.  Everything is written under a temporary name and renamed at the end.
+    Samples are shuffled by a fixed rule.  Everything is written to a hidden folder in ``out`` and renamed at the end.  After
+    an interruption of any kind the same call keeps the shards that were finished, and the result is that of one that was
+    not interrupted.
+
+    Args:
+        source: the source, or a function that opens it, given a folder for what has to be unpacked.
+        size: where a shard ends.
+        workers: processes.
+        storing: how images are stored.
 
     Raises:
         DataError: a split is there already, a class has no readable image, or ``out`` cannot be written.
     """
-    for split in source.splits:
-        if (out / split).exists():
-            raise DataError(f"{out / split}: is there already; remove it or choose another folder")
-    with _draft_folder(out) as draft:
-        made = [_make_split(source, split, draft / split, size, workers, report) for split in source.splits]
-        for split in source.splits:
+    with _drafts(out) as drafts:
+        opened = source(drafts / "source") if callable(source) else source
+        draft = drafts / _plan(opened, size, storing)
+        if not (draft / _COMPLETE).exists():
+            _refuse_existing(out, opened.splits)
+            try:
+                for split in opened.splits:
+                    _make_split(opened, split, draft / split, size, workers, report, storing)
+            except DataError:
+                shutil.rmtree(draft)
+                raise
+            (draft / _COMPLETE).touch()
+            _sync_folder(draft)
+        pending = [split for split in opened.splits if (draft / split).exists()]
+        _refuse_existing(out, pending)
+        for split in pending:
+            for record in (draft / split).glob("shard-*.json"):
+                record.unlink()
             os.rename(draft / split, out / split)
         _sync_folder(out)
-    return [Made(out / one.folder.name, one.index, one.skipped, one.converted) for one in made]
+        shutil.rmtree(drafts)
+    return [Made(out / split, Index.load(out / split), read_manifest(out / split)) for split in opened.splits]
 
 
-def _make_split(source: Source, split: str, folder: Path, size: ShardSize, workers: int, report: Report | None) -> Made:
-    folder.mkdir()
+def make_samples(
+    samples: Iterable[Sample], out: Path, size: ShardSize = ShardSize(bytes=128_000_000), workers: int = 1,
+    report: Report | None = None, storing: Storing = AS_IS,
+) -> list[Made]:  # fmt: skip
+    """:func:`make` from any Python iterable, for instance a generator, of :class:`~shards.sources.Sample`.
+
+    Example::
+
+        def photos():
+            for row in database:
+                yield Sample(name=row.id, label=row.species, image=row.jpeg_bytes, split="train")
+
+        make_samples(photos(), Path("data/photos"), workers=8)
+
+    The iterable is read once and need not fit in memory: its images go to a file in ``out`` first.  Names must differ within
+    a split.  ``label`` None means unlabeled.  The same samples in any order give the same bytes.
+    """
+    return make(lambda scratch: sources.samples(samples, scratch), out, size, workers, report, storing)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a split: ``samples``, ``per_class``, and (file, reason) of ``skipped`` and ``converted``, counts of ``odd``."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+    return manifest
+
+
+def in_processes(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
+    """Yield ``work(task)`` of every task in order, computed by processes that end with this one, however it ends.
+
+    Raises:
+        DataError: one of the processes was killed.
+    """
+    if min(workers, len(tasks)) <= 1:
+        yield from map(work, tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        try:
+            yield from pool.map(work, tasks)
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process was killed, perhaps for want of memory; give the same command again to go on, "
+                "with fewer --workers"
+            ) from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _end_with(parent: int) -> None:
+    """Leave interrupts from the keyboard, which reach all processes, to the parent, and die when it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _make_split(
+    source: Source, split: str, folder: Path, size: ShardSize, workers: int, report: Report | None, storing: Storing
+) -> None:
+    """Write the shards that are not finished yet, and the index of all when they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.part*"):
+        leftover.unlink()
     items = shuffled(source.splits[split], "pack")
-    packed: list[Packed] = []
-    done = 0
     # A shard's items are settled before any image is read, so that every shard can be made by itself.
     tasks = [
-        (folder / f"shard-{number:06d}.tar", first, part, source.read)
+        Task(folder / f"shard-{number:06d}.tar", first, part, source.read, storing)
         for number, (first, part) in enumerate(_cut(items, size))
     ]
-    for result, task in zip(_each(tasks, workers), tasks):
-        packed.append(result)
-        done += len(task[2])
+    todo = [task for task in tasks if not task.record.exists()]
+    done = len(items) - sum(len(task.items) for task in todo)
+    if report and done:
+        report(split, done, len(items))
+    for packed in in_processes(write_shard, todo, workers):
+        done += packed
         if report:
             report(split, done, len(items))
-    skipped = sorted(entry for one in packed for entry in one.skipped)
-    converted = sorted(entry for one in packed for entry in one.converted)
+    _finish_split(source, split, folder, items, [task.record for task in tasks])
+
+
+def _finish_split(source: Source, split: str, folder: Path, items: Sequence[Item], records: Sequence[Path]) -> None:
+    """Write index and manifest from the shards' records, which stay until all splits are finished."""
+    shards, parts, odd = [], [], Counter[str]()
+    skipped: list[tuple[str, str]] = []
+    converted: list[tuple[str, str]] = []
+    for record in records:
+        packed = Packed.load(record)
+        skipped += packed.skipped
+        converted += packed.converted
+        odd.update(packed.odd)
+        if packed.shard.samples:
+            shards.append(packed.shard)
+            parts.append({name: np.array(packed.columns[name]) for name in COLUMNS})
     _check_classes(source, split, items, dict(skipped))
-    kept = [one for one in packed if one.shard.samples]
-    columns = {name: [value for one in kept for value in one.columns[name]] for name in kept[0].columns}
-    columns["shard"] = [number for number, one in enumerate(kept) for _ in range(one.shard.samples)]
-    index = Index.from_columns(source.classes, [one.shard for one in kept], columns, folder)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+    columns["shard"] = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
+    index = Index.from_columns(source.classes, shards, columns)
     index.save(folder)
-    _write_manifest(folder, index, skipped, converted)
+    counts = np.bincount(index.label[index.label >= 0], minlength=len(index.classes)).tolist()
+    manifest = {
+        "samples": len(index), "per_class": dict(zip(index.classes, counts)), "odd": dict(sorted(odd.items())),
+        "skipped": sorted(skipped), "converted": sorted(converted),
+    }  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _sync_folder(folder)
-    return Made(folder, index, skipped, converted)
+
+
+def _check_classes(source: Source, split: str, items: Sequence[Item], skipped: dict[str, str]) -> None:
+    """Refuse a split in which all files of a class were skipped."""
+    readable = {item.label for item in items if item.name not in skipped}
+    for item in items:
+        if item.label not in readable:
+            raise DataError(
+                f"{split}: class '{source.classes[item.label]}' has no readable image "
+                f"(for instance {item.name}: {skipped[item.name]}); mend or remove it"
+            )
 
 
 def _cut(items: Sequence[Item], size: ShardSize) -> Iterator[tuple[int, list[Item]]]:
@@ -129,137 +248,45 @@ def _cut(items: Sequence[Item], size: ShardSize) -> Iterator[tuple[int, list[Ite
         yield len(items) - len(part), part
 
 
-def _each(tasks: Sequence[tuple[Path, int, list[Item], Callable[[str], bytes]]], workers: int) -> Iterator[Packed]:
-    if min(workers, len(tasks)) <= 1:
-        yield from (write_shard(*task) for task in tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    # An interrupt from the keyboard reaches all processes; this one ends the others.
-    with ProcessPoolExecutor(
-        min(workers, len(tasks)), context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
-        try:
-            yield from pool.map(write_shard, *zip(*tasks))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _plan(source: Source, size: ShardSize, storing: Storing) -> str:
+    """A name for what is being made: another one when the source, its files or the options are others."""
+    digest = hashlib.sha256(repr((source.classes, source.stamp, size, storing, PIL.__version__)).encode())
+    for split, items in source.splits.items():
+        digest.update(repr(split).encode())
+        for name, label, bytes_, place in items:
+            digest.update(f"{name} {label} {bytes_} {place and place[1]}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
-def write_shard(path: Path, first: int, items: Sequence[Item], read: Callable[[str], bytes]) -> Packed:
-    """Write one tar and DALI's index beside it; ``first`` is the number of the first item in its split.
-
-    A shard in which nothing is readable leaves no file.
-    """
-    columns: dict[str, list[Any]] = {name: [] for name in ("key", "offset", "size", "label", "ext", "width", "height")}
-    packed = Packed(Shard(path.name, 0, "", 0), columns)
-    rows: list[str] = []
-    with open(path, "wb") as file:
-        tar = _Tar(file)
-        for number, item in enumerate(items, start=first):
-            try:
-                image = inspect(read(item.name))
-            except (Unreadable, OSError) as error:
-                packed.skipped.append((item.name, getattr(error, "strerror", None) or str(error)))
-                continue
-            if image.converted_from:
-                packed.converted.append((item.name, image.converted_from))
-            rows.append(_add_sample(tar, columns, f"{number:08d}-{_stem(item.name)}", item.label, image))
-        tar.finish()
-        file.flush()
-        os.fsync(file.fileno())
-    if not rows:
-        path.unlink()
-        return packed
-    with open(path.with_suffix(".idx"), "w", encoding="ascii") as file:
-        file.write(f"v1.2 {len(rows)}\n" + "".join(f"{row}\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-    packed.shard = Shard(path.name, tar.length, tar.digest.hexdigest(), len(rows))
-    return packed
-
-
-class _Tar:
-    """Writes a USTAR archive that depends on names and contents alone, and hashes it on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.length = 0
-
-    def add(self, name: str, data: bytes) -> int:
-        """Add a file and return the offset of its data."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.length
-        self._write(data)
-        self._write(bytes(-len(data) % _BLOCK))
-        return offset
-
-    def finish(self) -> None:
-        self._write(bytes(2 * _BLOCK))
-        self._write(bytes(-self.length % _RECORD))
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.digest.update(data)
-        self.length += len(data)
-
-
-def _add_sample(tar: _Tar, columns: dict[str, list[Any]], key: str, label: int, image: Encoded) -> str:
-    """Add image and label to the tar and to the columns; returns the sample's line of DALI's index."""
-    offset = tar.add(f"{key}.{image.ext}", image.data)
-    digits = str(label).encode()
-    label_offset = tar.add(f"{key}.cls", digits)
-    values = (key, offset, len(image.data), label, image.ext, image.width, image.height)
-    for column, value in zip(columns.values(), values):
-        column.append(value)
-    return f"{image.ext} {offset} {len(image.data)} {key}.{image.ext} cls {label_offset} {len(digits)} {key}.cls"
-
-
-def _stem(name: str) -> str:
-    """The file name in a form that WebDataset keys can have: no dots, spaces or letters outside of ASCII."""
-    stem = name.rpartition("/")[2].rpartition(".")[0] or name.rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:60]
-
-
-def _check_classes(source: Source, split: str, items: Sequence[Item], skipped: dict[str, str]) -> None:
-    """Refuse a split in which all files of a class were skipped."""
-    readable = {item.label for item in items if item.name not in skipped}
-    for item in items:
-        if item.label not in readable:
-            raise DataError(
-                f"{split}: class '{source.classes[item.label]}' has no readable image "
-                f"(for instance {item.name}: {skipped[item.name]}); mend or remove it"
-            )
-
-
-def _write_manifest(
-    folder: Path, index: Index, skipped: list[tuple[str, str]], converted: list[tuple[str, str]]
-) -> None:
-    counts = {name: int((index.label == label).sum()) for label, name in enumerate(index.classes)}
-    tree = {"samples": len(index), "per_class": counts, "skipped": skipped, "converted": converted}
-    (folder / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n")
+def _refuse_existing(out: Path, splits: Iterable[str]) -> None:
+    for split in splits:
+        if (out / split).exists():
+            raise DataError(f"{out / split}: is there already; remove it or choose another folder")
 
 
 @contextmanager
-def _draft_folder(out: Path) -> Iterator[Path]:
-    """A folder in ``out`` for what is not finished; it is gone afterwards, and ``out`` too if it was made for nothing."""
-    draft: Path | None = None
-    created = not out.exists()
+def _drafts(out: Path) -> Iterator[Path]:
+    """The folder for what is not finished, for one process at a time; without anything to keep it is removed again."""
+    drafts, created = out / _DRAFTS, not out.exists()
     try:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=".making-", dir=out))
-            yield draft
-        finally:
-            if draft:
-                shutil.rmtree(draft, ignore_errors=True)
-            if created and out.is_dir() and not any(out.iterdir()):
-                out.rmdir()
+        drafts.mkdir(parents=True, exist_ok=True)
+        with open(drafts / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{out}: another process is making shards there; wait for it, or end it") from None
+            try:
+                yield drafts
+            except DataError:
+                if not any(path.is_dir() and path.name != "source" for path in drafts.iterdir()):
+                    shutil.rmtree(drafts)
+                if created and not any(out.iterdir()):
+                    out.rmdir()
+                raise
     except OSError as error:
         raise DataError(
-            f"{out}: cannot be written ({error.strerror or error}); free space or choose another folder"
+            f"{out}: cannot be written ({error.strerror or error}); free space and give the same command again to go on, "
+            "or choose another folder"
         ) from None
 
 

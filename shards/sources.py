@@ -1,134 +1,78 @@
-"""Where images come from before they are packed: the splits, classes and files of a source, and its bytes."""
+"""Where images come from: class folders on a disk or in a tar, any Python iterable, and the digits of scikit-learn."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_train.errors import DataError
+from shards import archives
 from shards.index import UNLABELED
-
-SPLITS = ("train", "val", "test")
-
-
-class Item(NamedTuple):
-    """An image that is to be packed: its name in the source, its label, and its bytes as far as known beforehand."""
-
-    name: str
-    label: int
-    size: int
+from shards.source import SPLITS, Item, Source, png, read_file
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is to be packed: class names, the items of every split, and how an item's bytes are had by its name.
-
-    ``read`` must be picklable, since worker processes call it; it may raise OSError.
-    """
-
-    classes: tuple[str, ...]
-    splits: Mapping[str, list[Item]]
-    read: Callable[[str], bytes]
-
-    def hold_out(self, per_class: int) -> Source:
-        """Move ``per_class`` images of every class from train to a new val split; which ones depends on their names alone.
-
-        Raises:
-            DataError: there is a val split already, or a class is too small.
-        """
-        if "val" in self.splits:
-            raise DataError("--val-per-class is given, but the source has a val split; leave one of them out")
-        if "train" not in self.splits:
-            raise DataError("--val-per-class is given, but the source has no train split to take from")
-        by_class = self._train_by_class("hold out")
-        for name, items in zip(self.classes, by_class):
-            if len(items) <= per_class:
-                raise DataError(
-                    f"--val-per-class is {per_class}, but class '{name}' has {len(items)} images; "
-                    f"use at most {max(0, len(items) - 1)}"
-                )
-        held = [item for items in by_class for item in items[:per_class]]
-        kept = [item for items in by_class for item in items[per_class:]]
-        return replace(self, splits={**self.splits, "train": kept, "val": held})
-
-    def few(self, per_class: int) -> Source:
-        """Keep ``per_class`` images of every class of train; which ones depends on their names alone.
-
-        Raises:
-            DataError: there is no train split, or a class is too small.
-        """
-        by_class = self._enough_by_class("few", "--per-class", per_class)
-        return replace(
-            self, splits={**self.splits, "train": [item for items in by_class for item in items[:per_class]]}
-        )
-
-    def labeled(self, per_class: int) -> Source:
-        """Keep the labels of ``per_class`` images of every class of train, and take them from the others.
-
-        Raises:
-            DataError: there is no train split, or a class is too small.
-        """
-        by_class = self._enough_by_class("labels", "--labels-per-class", per_class)
-        kept = [item for items in by_class for item in items[:per_class]]
-        others = [item._replace(label=UNLABELED) for items in by_class for item in items[per_class:]]
-        return replace(self, splits={**self.splits, "train": kept + others})
-
-    def _enough_by_class(self, salt: str, option: str, per_class: int) -> list[list[Item]]:
-        if "train" not in self.splits:
-            raise DataError(f"{option} is given, but the source has no train split to take from")
-        by_class = self._train_by_class(salt)
-        for name, items in zip(self.classes, by_class):
-            if len(items) < per_class:
-                raise DataError(
-                    f"{option} is {per_class}, but class '{name}' has {len(items)} images; use at most that"
-                )
-        return by_class
-
-    def _train_by_class(self, salt: str) -> list[list[Item]]:
-        by_class: list[list[Item]] = [[] for _ in self.classes]
-        for item in shuffled(self.splits["train"], salt):
-            by_class[item.label].append(item)
-        return by_class
-
-
-def shuffled(items: Iterable[Item], salt: str) -> list[Item]:
-    """Items in an order that looks random and depends on their names and ``salt`` alone, on every machine."""
-    return sorted(items, key=lambda item: hashlib.sha256(f"{salt}/{item.name}".encode()).digest())
-
-
-def folder(root: Path) -> Source:
+def folder(root: Path, scratch: Path | None = None) -> Source:
     """Class folders of image files, either directly in ``root`` or in its folders train, val and test.
 
-    The classes are the sorted union over the splits.  Files may lie deeper in a class folder; hidden ones are ignored.
+    ``root`` is a folder, or a tar of one; a compressed tar is uncompressed to ``scratch`` first, and refused without.  The classes are the sorted
+    union over the splits.  Files may lie deeper in a class folder; hidden ones are ignored.
 
     Raises:
         DataError: no such folder, no class folders, a class folder without files, or splits mixed with other folders.
     """
-    if not root.is_dir():
+    if not root.exists():
         raise DataError(
             f"{root}: no such folder; give a folder of class folders, or of train/ val/ test/ with class folders"
         )
     try:
-        splits = _split_folders(root)
-        class_folders = {split: _visible_folders(path) for split, path in splits.items()}
-        for split, path in splits.items():
-            if not class_folders[split]:
-                raise DataError(f"{path}: has no class folders; images must lie in one folder per class")
-        classes = tuple(sorted({path.name for paths in class_folders.values() for path in paths}))
-        labels = {name: label for label, name in enumerate(classes)}
-        items = {
-            split: [item for path in paths for item in _files(root, path, labels[path.name])]
-            for split, paths in class_folders.items()
-        }
+        stamp, folders, items = _walk(root) if root.is_dir() else _list(root, scratch)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return Source(classes, items, partial(_read_file, root))
+    classes, splits = _sort(root, folders, items)
+    return Source(classes, splits, partial(read_file, root), stamp)
+
+
+def samples(given: Iterable[Sample], scratch: Path) -> Source:
+    """Any samples, in any order; what they hold is first written to a file in ``scratch``.
+
+    Raises:
+        DataError: no sample, an unknown split, or two samples of the same name in a split.
+    """
+    path, digest, position = scratch / "samples.bin", hashlib.sha256(), 0
+    found: dict[tuple[str, str], tuple[str | None, int, int]] = {}
+    scratch.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for name, label, image, split in given:
+            if split not in SPLITS:
+                raise DataError(f"sample {name}: its split is '{split}'; allowed are {', '.join(SPLITS)}")
+            if (split, name) in found:
+                raise DataError(f"sample {name}: there are two of that name in {split}; names must differ")
+            data = image if isinstance(image, bytes) else png(image)
+            found[split, name] = (label, len(data), position)
+            position += file.write(data)
+            digest.update(data)
+    if not found:
+        raise DataError("there are no samples; the iterable is empty")
+    classes = tuple(sorted({label for label, _, _ in found.values() if label is not None}))
+    labels: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
+    labels[None] = UNLABELED
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS if any(split == key[0] for key in found)}
+    for (split, name), (label, size, offset) in found.items():
+        splits[split].append(Item(name, labels[label], size, (str(path), offset)))
+    return Source(classes, splits, partial(read_file, scratch), digest.hexdigest())
+
+
+class Sample(NamedTuple):
+    """What :func:`samples` takes: ``image`` is an encoded image, a PIL image, or uint8 [H, W] or [H, W, 3]; ``label`` a class name."""
+
+    name: str
+    label: str | None
+    image: Any
+    split: str = "train"
 
 
 def digits() -> Source:
@@ -141,42 +85,6 @@ def digits() -> Source:
     return Source(tuple("0123456789"), {"train": items}, _read_digit).hold_out(36)
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    folders = _visible_folders(root)
-    splits = {path.name: path for path in folders if path.name in SPLITS}
-    others = [path.name for path in folders if path.name not in SPLITS]
-    if splits and others:
-        raise DataError(
-            f"{root}: holds {', '.join(splits)} and also '{others[0]}'; beside the splits {', '.join(SPLITS)} "
-            "there must be no other folder"
-        )
-    if not folders:
-        raise DataError(f"{root}: has no class folders; images must lie in one folder per class")
-    return splits or {"train": root}
-
-
-def _visible_folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _files(root: Path, class_folder: Path, label: int) -> list[Item]:
-    items = []
-    for place, folders, files in os.walk(class_folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                path = Path(place, name)
-                size = path.stat().st_size if path.exists() else 0  # a broken link is skipped when it is read
-                items.append(Item(path.relative_to(root).as_posix(), label, size))
-    if not items:
-        raise DataError(f"{class_folder}: is empty; put images of the class there or remove the folder")
-    return items
-
-
-def _read_file(root: Path, name: str) -> bytes:
-    return (root / name).read_bytes()
-
-
 @lru_cache(maxsize=1)
 def _digits() -> tuple[Any, Any]:
     from sklearn.datasets import load_digits
@@ -185,13 +93,94 @@ def _digits() -> tuple[Any, Any]:
     return data.images, data.target
 
 
-def _read_digit(name: str) -> bytes:
+def _read_digit(item: Item) -> bytes:
     import numpy as np
     from PIL import Image
 
     images, _ = _digits()
-    levels = images[int(name.rpartition("-")[2])]
+    levels = images[int(item.name.rpartition("-")[2])]
     small = Image.fromarray(np.rint(levels * (255 / 16)).astype(np.uint8))
-    file = io.BytesIO()
-    small.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB").save(file, "PNG")
-    return file.getvalue()
+    return png(small.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))
+
+
+def _walk(root: Path) -> tuple[str, set[str], list[Item]]:
+    """A stamp, the folders up to two levels down, and the files below them, by their paths under ``root``."""
+    digest = hashlib.sha256()
+    folders: set[str] = set()
+    items: list[Item] = []
+    top = _visible_folders(root)
+    for place in [inner for path in top for inner in (_visible_folders(path) if path.name in SPLITS else [path])]:
+        folders.add(place.relative_to(root).as_posix())
+        for where, inner, files in os.walk(place):
+            inner[:] = sorted(name for name in inner if _visible(name))
+            for name in sorted(filter(_visible, files)):
+                path = Path(where, name)
+                state = path.stat() if path.exists() else None  # a broken link is skipped when it is read
+                items.append(Item(path.relative_to(root).as_posix(), -1, state.st_size if state else 0))
+                digest.update(f"{state.st_mtime_ns if state else 0}\n".encode())
+    folders.update(path.name for path in top)
+    return digest.hexdigest(), folders, items
+
+
+def _list(path: Path, scratch: Path | None) -> tuple[str, set[str], list[Item]]:
+    """The same of a tar; a folder that all of it lies in is not counted, unless it is a split or a class."""
+    tar = archives.unpacked(path, scratch)
+    folders: set[str] = set()
+    items: dict[str, Item] = {}  # of two members of the same name the later one counts
+    for member in archives.members(tar):
+        if not all(_visible(part) for part in member.name.split("/")) or member.name in ("", "."):
+            continue
+        if member.is_folder:
+            folders.add(member.name.rstrip("/"))
+        else:
+            items[member.name] = Item(member.name, -1, member.size, (str(tar), member.offset))
+            folders.add(member.name.rpartition("/")[0])
+    folders = {parent for name in folders if name for parent in (name, *map(str, Path(name).parents))} - {"."}
+    while len(top := {name for name in folders if "/" not in name}) == 1 and not top & set(SPLITS):
+        outer = f"{top.pop()}/"
+        if not any(name.startswith(outer) for name in folders):
+            break
+        if any(name.startswith(outer) and "/" not in name[len(outer) :] for name in items):
+            break
+        folders = {name.removeprefix(outer) for name in folders if name.startswith(outer)}
+        items = {name.removeprefix(outer): item for name, item in items.items()}
+    named = [item._replace(name=name) for name, item in sorted(items.items())]
+    return archives.stamp(path), folders, named
+
+
+def _sort(root: Path, folders: set[str], items: Iterable[Item]) -> tuple[tuple[str, ...], dict[str, list[Item]]]:
+    """Classes, and items with labels by split."""
+    top = sorted(name for name in folders if "/" not in name)
+    splits = [name for name in SPLITS if name in top]
+    others = [name for name in top if name not in SPLITS]
+    if splits and others:
+        raise DataError(
+            f"{root}: holds {', '.join(splits)} and also '{others[0]}'; beside the splits {', '.join(SPLITS)} "
+            "there must be no other folder"
+        )
+    depth = 2 if splits else 1
+    class_folders = sorted(name for name in folders if name.count("/") == depth - 1)
+    for split in splits or [""]:
+        if not any(name.startswith(f"{split}/" if split else "") for name in class_folders):
+            raise DataError(f"{root / split}: has no class folders; images must lie in one folder per class")
+    classes = tuple(sorted({name.rpartition("/")[2] for name in class_folders}))
+    labels = {name: number for number, name in enumerate(classes)}
+    sorted_out: dict[str, list[Item]] = {split: [] for split in splits or ["train"]}
+    filled = set()
+    for item in items:
+        parts = item.name.split("/")
+        if len(parts) > depth:
+            filled.add("/".join(parts[:depth]))
+            sorted_out[parts[0] if splits else "train"].append(item._replace(label=labels[parts[depth - 1]]))
+    for name in class_folders:
+        if name not in filled:
+            raise DataError(f"{root / name}: is empty; put images of the class there or remove the folder")
+    return classes, sorted_out
+
+
+def _visible_folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and _visible(entry.name))
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith((".", "__MACOSX"))

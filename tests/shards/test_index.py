@@ -37,8 +37,9 @@ def test_what_is_saved_is_loaded(split: Path, tmp_path_factory: pytest.TempPathF
     assert [shard.samples for shard in index.shards] == index.shard_sizes.tolist() == [100, 100, 100, 60]
     other = tmp_path_factory.mktemp("copy")
     index.save(other)
-    assert os.listdir(other) == ["index.json"]
-    assert (other / "index.json").read_bytes() == (split / "index.json").read_bytes()
+    assert sorted(os.listdir(other)) == ["index.bin", "index.json"]
+    for name in os.listdir(other):
+        assert (other / name).read_bytes() == (split / name).read_bytes()
     assert Index.load(other).fingerprint == index.fingerprint
 
 
@@ -56,17 +57,26 @@ def test_the_index_says_where_the_bytes_are(split: Path) -> None:
 
 def test_every_part_is_in_the_fingerprint(split: Path) -> None:
     index = Index.load(split)
-    changes: dict[str, Any] = {
-        "classes": tuple("abcdefghij"),
-        "shards": (replace(index.shards[0], sha256="0" * 64), *index.shards[1:]),
-        **{name: getattr(index, name).copy() for name in ("shard", "offset", "size", "label", "width", "height")},
-        "key": np.char.replace(index.key, b"00000007", b"00000008"),
-        "ext": np.char.replace(index.ext, b"png", b"jpg"),
-    }
-    for name in ("shard", "offset", "size", "label", "width", "height"):
-        changes[name][100] -= 1
-    prints = {replace(index, **{name: value}).fingerprint for name, value in changes.items()}
-    assert len(prints | {index.fingerprint}) == len(changes) + 1
+    columns = ("shard", "offset", "size", "label", "width", "height", "key", "ext")
+    parts: dict[str, Any] = {name: getattr(index, name) for name in ("classes", "shards", *columns)}
+    moved = index.shard.copy()
+    moved[100] = 0
+    first, second, *others = index.shards
+    changes: list[dict[str, Any]] = [
+        {"classes": tuple("abcdefghij")},
+        {"shards": (replace(first, sha256="0" * 64), second, *others)},
+        {"shard": moved, "shards": (replace(first, samples=101), replace(second, samples=99), *others)},
+        {"label": (index.label + 1) % 10},
+        {"key": np.char.replace(index.key, b"00000007", b"00000008")},
+        {"ext": np.char.replace(index.ext, b"png", b"jpg")},
+    ]
+    for name in ("offset", "size", "width", "height"):
+        changes.append({name: getattr(index, name) - (np.arange(360) == 100)})
+    prints = {index.fingerprint}
+    for change in changes:
+        changed = {**parts, **change}
+        prints.add(Index.from_columns(changed.pop("classes"), changed.pop("shards"), changed).fingerprint)
+    assert len(prints) == len(changes) + 1
 
 
 def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -78,21 +88,41 @@ def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     return apply
 
 
-def set_in(name: str, row: int, value: Any) -> Callable[[Path], None]:
-    return edit(lambda tree: tree["samples"][name].__setitem__(row, value))
+def set_in(name: str, row: int, value: int) -> Callable[[Path], None]:
+    """Overwrite one number in the binary columns."""
+
+    def apply(folder: Path) -> None:
+        tree = json.loads((folder / "index.json").read_text())
+        at = 0
+        for column, kind in tree["columns"].items():
+            if column == name:
+                break
+            at += np.dtype(kind).itemsize * tree["rows"]
+        content = bytearray((folder / "index.bin").read_bytes())
+        number = np.array(value, kind).tobytes()
+        content[at + row * len(number) : at + (row + 1) * len(number)] = number
+        (folder / "index.bin").write_bytes(content)
+
+    return apply
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no index": (lambda folder: (folder / "index.json").unlink(), "has no index.json"),
     "not JSON": (lambda folder: (folder / "index.json").write_text('{"format": 1'), "not valid JSON"),
     "other JSON": (lambda folder: (folder / "index.json").write_text("[1]"), "not an index"),
-    "newer": (edit(lambda tree: tree.update(format=2)), "has format 2, this version reads up to 1"),
-    "no samples": (edit(lambda tree: tree.pop("samples")), "malformed.*samples"),
+    "newer": (edit(lambda tree: tree.update(format=3)), "has format 3, this version reads format 2; update"),
+    "older": (edit(lambda tree: tree.update(format=1)), "has format 1, this version reads format 2; make the shards"),
+    "no columns": (edit(lambda tree: tree.pop("columns")), "malformed.*columns"),
     "shard without a name": (edit(lambda tree: tree["shards"][0].pop("name")), "malformed.*name"),
-    "no column": (edit(lambda tree: tree["samples"].pop("size")), "faulty column.*size"),
-    "short column": (edit(lambda tree: tree["samples"]["label"].pop()), "differ in length"),
-    "text for a number": (set_in("size", 3, "many"), "faulty column"),
-    "fraction": (set_in("size", 3, 1.5), "whole numbers expected"),
+    "no binary": (lambda folder: (folder / "index.bin").unlink(), "index.bin: cannot be read .*copy both"),
+    "cut binary": (lambda folder: os.truncate(folder / "index.bin", 5000), "has 5000 bytes, 360 rows have"),
+    "no column": (edit(lambda tree: tree["columns"].pop("size")), "360 rows have"),
+    "column of another name": (
+        edit(lambda tree: tree.update(columns={n.replace("size", "s"): k for n, k in tree["columns"].items()})),
+        "faulty column.*size",
+    ),
+    "column of objects": (edit(lambda tree: tree["columns"].update(size="O")), "cannot have the dtype 'O'"),
+    "column of fractions": (edit(lambda tree: tree["columns"].update(size="<f8")), "cannot have the dtype '<f8'"),
     "label too large": (set_in("label", 3, 10), "has label 10, allowed are 0 to 9"),
     "label below 0": (set_in("label", 3, -1), "has label -1, allowed are 0 to 9"),
     "outside of the shard": (set_in("offset", 3, 10**9), "lies outside of shard-000000.tar"),

@@ -187,7 +187,8 @@ def test_a_shard_that_changes_under_a_running_epoch(digits: Path, tmp_path: Path
 
 def test_a_split_without_a_readable_image_stops_training(digits: Path, tmp_path: Path, make_loader: MakeLoader) -> None:
     index = Index.load(digits / "val")
-    shutil.copy(digits / "val" / "index.json", tmp_path)
+    for name in ("index.json", "index.bin"):
+        shutil.copy(digits / "val" / name, tmp_path)
     loader = make_loader(tmp_path, max_bad=10_000)
     with pytest.raises(DataError, match="no image can be read"):
         flat(loader.epoch(0))

@@ -1,0 +1,40 @@
+"""What a person sees of long work: done, rate and time left, live on a terminal and now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+_LIVE, _PLAIN = 0.2, 30.0
+"""Seconds between two lines on a terminal, and in a pipe or a file."""
+
+
+class Progress:
+    """Prints ``train: 1200 of 5000 images, 830/s, 0:05 left`` to standard error; called as :data:`~shards.make.Report` says."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._part: str | None = None
+        self._begun = self._printed = time.perf_counter()
+        self._first = 0
+
+    def __call__(self, part: str, done: int, total: int) -> None:
+        """Say that ``done`` of ``total`` images of a part are finished; what the first call says was so before."""
+        now = time.perf_counter()
+        if part != self._part:
+            self._part, self._begun, self._first = part, now, done if done < total else 0
+        if now - self._printed < (_LIVE if self._live else _PLAIN) and (done < total or not self._live):
+            return
+        self._printed = now
+        text = f"{part}: {done} of {total} images"
+        if now > self._begun and done > self._first:
+            rate = (done - self._first) / (now - self._begun)
+            text += f", {rate:.0f}/s, {_clock((total - done) / rate)} left"
+        ending = "\n" if done == total or not self._live else ""
+        print(f"\r{text}\033[K" if self._live else text, end=ending, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
