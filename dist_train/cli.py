@@ -24,6 +24,8 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train plan CONFIG     what a run would do: costs, steps, memory, learning rate, data; trains nothing
   dist-train train CONFIG    train; the same command again goes on where it ended
   dist-train eval RUN        accuracy of every exit of a run or checkpoint, each image once
+  dist-train compare RUN RUN put runs side by side: settings, accuracy per exit, cost, curves
+  dist-train study STUDY     train a grid of runs, go on where it ended, and compare them
   dist-train bench WHAT      measure this machine: loss, step
   dist-train doctor          what is installed and what this machine can do
 
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run one verb and return the exit code."""
     verbs: dict[str, Callable[[list[str]], int]] = {
-        "plan": _plan, "train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor,
+        "plan": _plan, "train": _train, "eval": _eval, "compare": _compare, "study": _study, "bench": _bench, "doctor": _doctor,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help"):
         print(DESCRIPTION, end="")
@@ -111,6 +113,18 @@ def _eval(arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(table(evaluation, costs_of(known.run)))
     return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from dist_train.compare.command import run
+
+    return run(arguments)
+
+
+def _study(arguments: list[str]) -> int:
+    from dist_train.study import run
+
+    return run(arguments)
 
 
 def _bench(arguments: list[str]) -> int:

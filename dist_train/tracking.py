@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_train.compare.tables import run_note
 from dist_train.config import Config
 from dist_train.config_file import flat_fields
 from dist_train.metrics import parse_line
@@ -165,6 +166,8 @@ class Tracker:
         report = self.folder / "report.json"
         if report.exists():
             self._client.log_artifact(run_id, str(report))
+            note = run_note(self.tags.get("command", ""), json.loads(report.read_text()))
+            self._client.set_tag(run_id, "mlflow.note.content", note)
         if self._status != "RUNNING":
             self._client.set_terminated(run_id, self._status)
 

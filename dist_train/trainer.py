@@ -18,7 +18,7 @@ from dist_train.config_file import dump_config
 from dist_train.data.pipeline import GlobalBatch, Loader
 from dist_train.dist import Group, Ranks
 from dist_train.engine import Engine, Update
-from dist_train.environment import describe_environment
+from dist_train.environment import describe_data, describe_environment
 from dist_train.errors import TrainingError
 from dist_train.evaluation import Evaluation, Evaluator, table, write_report
 from dist_train.health import NonFinite, StopRequests
@@ -110,7 +110,7 @@ class Trainer:
         self.metrics = MetricsFile(config.folder / "metrics.jsonl")
         self.tracker: Tracker | None = None
         if self.rank == 0:
-            self.environment = describe_environment(group.ranks)
+            self.environment = replace(describe_environment(group.ranks), data=describe_data(ready.train, ready.val))
             self._open_folder()
             self.tracker = Tracker(config, self.environment.tags)
         self._last_save = time.monotonic()
