@@ -48,10 +48,9 @@ class Group:
         """Exits that all finished runs have."""
         return min((len(run.exits) for run in self.finished), default=0)
 
-    def spread(self, exit_number: int, key: str = "top1") -> Spread | None:
-        """One number of the report at an exit (from 1), over the seeds."""
-        values = (run.exits[exit_number - 1].get(key) for run in self.finished if exit_number <= len(run.exits))
-        return Spread.of([value for value in values if value is not None])
+    def spread(self, exit_number: int | None, key: str = "top1") -> Spread | None:
+        """One number of the report at an exit (from 1; None: the mean over all exits), over the seeds."""
+        return self.over_runs(lambda run: at_exit(run, exit_number, key))
 
     def over_runs(self, number: Callable[[RunData], float | None]) -> Spread | None:
         """Any number of a run, over the seeds."""
@@ -62,7 +61,8 @@ class Group:
 class Comparison:
     """Groups side by side; ``notes`` say what is missing or cannot be compared.
 
-    ``bases`` has the label of the group that a group is set against; where it has none, that is the first group.
+    ``bases`` has the label of the group that a group is set against; where it has none, that is the first group with an
+    accuracy.
     """
 
     title: str
@@ -82,13 +82,14 @@ class Comparison:
 
     def base(self, group: Group) -> Group:
         """The group that a group is set against, itself for a base."""
-        label = self.bases.get(group.label, self.groups[0].label)
-        return next((one for one in self.groups if one.label == label), self.groups[0])
+        label = self.bases.get(group.label)
+        first = next((one for one in self.groups if one.finished), self.groups[0])
+        return next((one for one in self.groups if one.label == label), first)
 
-    def difference(self, group: Group, exit_number: int, key: str = "top1") -> Spread | None:
+    def difference(self, group: Group, exit_number: int | None, key: str = "top1") -> Spread | None:
         """This group minus its base at an exit (see :func:`difference`); None where it means nothing."""
         base = self.base(group)
-        if group is base or not comparable(base, group):
+        if group is base or not comparable(base, group) or (exit_number is None and base.num_exits != group.num_exits):
             return None
         return difference(_by_seed(base, exit_number, key), _by_seed(group, exit_number, key))
 
@@ -96,11 +97,11 @@ class Comparison:
 def difference(base: Mapping[str, float], other: Mapping[str, float]) -> Spread | None:
     """Other minus base, values by seed.
 
-    With two seeds or more in common, mean and standard deviation of the differences at equal seeds; otherwise the
+    Mean and standard deviation of the differences at the seeds that both have; where they have none in common, the
     difference of the means, with the root of the sum of both variances (None where a side has a single seed).
     """
     common = [seed for seed in base if seed in other]
-    if len(common) > 1 or (len(common) == len(base) == len(other) == 1):
+    if common:
         return Spread.of([other[seed] - base[seed] for seed in common])
     left, right = Spread.of(list(base.values())), Spread.of(list(other.values()))
     if left is None or right is None:
@@ -142,9 +143,22 @@ def comparable(first: Group, second: Group) -> bool:
     return not _data_differences(first, second)
 
 
-def _by_seed(group: Group, exit_number: int, key: str) -> dict[str, float]:
-    rows = ((run.seed, run.exits[exit_number - 1].get(key)) for run in group.finished if exit_number <= len(run.exits))
-    return {seed: value for seed, value in rows if value is not None}
+def at_exit(run: RunData, exit_number: int | None, key: str) -> float | None:
+    """One number of a run's report at an exit (from 1; None: the mean over all exits); None where it has none."""
+    if exit_number is None:
+        values = [one[key] for one in run.exits if key in one]
+        return statistics.fmean(values) if values and len(values) == len(run.exits) else None
+    value: float | None = run.exits[exit_number - 1].get(key) if exit_number <= len(run.exits) else None
+    return value
+
+
+def _by_seed(group: Group, exit_number: int | None, key: str) -> dict[str, float]:
+    """By seed, the mean over its runs: there is one, unless somebody compares a run with its repetition."""
+    values: dict[str, list[float]] = {}
+    for run in group.finished:
+        if (value := at_exit(run, exit_number, key)) is not None:
+            values.setdefault(run.seed, []).append(value)
+    return {seed: statistics.fmean(found) for seed, found in values.items()}
 
 
 def _order(runs: Sequence[RunData]) -> Callable[[str], int]:

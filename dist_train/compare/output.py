@@ -20,7 +20,7 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.05rem; margin: 
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #d8d8d8; white-space: nowrap }
 th { border-bottom: 2px solid #777 } th:first-child, td:first-child { text-align: left; padding-left: 0 }
-img { max-width: 100%; height: auto; display: block; margin-top: 1rem } p.words, footer { color: #555; font-size: .85rem }
+img { max-width: min(100%, 54rem); height: auto; display: block; margin-top: 1rem } p.words, footer { color: #555; font-size: .85rem }
 li { margin: .2rem 0 } tr, img, li { break-inside: avoid }
 @media print { body { margin: 0; max-width: none; font-size: 10pt } .scroll { overflow: visible } td, th { padding: .15rem .4rem; white-space: normal } }
 """

@@ -23,26 +23,23 @@ POINTS = 300
 def accuracy_figure(comparison: Comparison) -> Figure:
     """Anytime (mean over seeds, shaded range) and, beside it where runs have them, budgeted curves, on the same axes."""
     budgeted = any(_budgeted(run) for group in comparison.groups for run in group.finished)
-    figure, panels = _figure(2 if budgeted else 1, len(comparison.groups))
+    figure, panels = _figure(2 if budgeted else 1, len(comparison.groups), shared=True)
     for place, group in enumerate(comparison.groups):
         _anytime(panels[0], comparison, group, place)
         if budgeted:
             _draw_budgeted(panels[1], group, place)
     for axes, title in zip(panels, ("anytime: all images leave at one exit", "budgeted batch: images leave when sure")):
         axes.set_xlabel("multiply-adds per image, millions")
-        axes.set_ylabel("top-1 accuracy, %")
         if budgeted:
             axes.set_title(title, fontsize=10)
-    if budgeted:
-        panels[1].sharex(panels[0])
-        panels[1].sharey(panels[0])
+    panels[0].set_ylabel("top-1 accuracy, %")
     _finish(figure, panels[0], len(comparison.groups))
     return figure
 
 
 def training_figure(comparison: Comparison) -> Figure:
     """Mean accuracy over the exits in validation, and the training loss, over the steps; every seed a line."""
-    figure, panels = _figure(2, len(comparison.groups))
+    figure, panels = _figure(2, len(comparison.groups), shared=False)
     for axes, metric, factor, words in zip(
         panels, ("val/mean_top1", "train/loss"), (100.0, 1.0),
         ("validation top-1, mean over exits, %", "training loss (its scale depends on the objective)"),
@@ -95,11 +92,11 @@ def _budgeted(run: RunData) -> list[dict[str, Any]]:
     return sorted(sweeps[0]["points"], key=lambda point: float(point["cost"])) if sweeps else []
 
 
-def _figure(count: int, groups: int) -> tuple[Figure, list[Any]]:
+def _figure(count: int, groups: int, shared: bool) -> tuple[Figure, list[Any]]:
     legend = 0.2 * -(-groups // _columns(groups)) + 0.15
     figure = Figure(figsize=(9.6 if count > 1 else 6.8, 3.6 + legend), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, count, squeeze=False)[0].tolist()
+    panels = figure.subplots(1, count, squeeze=False, sharex=shared, sharey=shared)[0].tolist()
     return figure, panels
 
 

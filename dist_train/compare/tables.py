@@ -154,12 +154,9 @@ def _cost(comparison: Comparison) -> Table:
     return Table("Cost: multiply-adds up to each exit, training time (pauses left out)", header, rows)
 
 
-def _by_exit(comparison: Comparison, spread: Callable[[int], Spread | None], signed: bool) -> list[str]:
+def _by_exit(comparison: Comparison, spread: Callable[[int | None], Spread | None], signed: bool) -> list[str]:
     """Cells of all exits and of their mean."""
-    numbers = [spread(number) for number in range(1, comparison.num_exits + 1)]
-    known = [one.mean for one in numbers if one is not None]
-    mean = Spread(sum(known) / len(known), None, 1) if known and len(known) == comparison.num_exits else None
-    return [_percent(one, signed) for one in (*numbers, mean)]
+    return [_percent(spread(number), signed) for number in (*range(1, comparison.num_exits + 1), None)]
 
 
 def _exits(comparison: Comparison) -> list[str]:
@@ -173,7 +170,8 @@ def _labels(comparison: Comparison) -> list[str]:
 def _percent(spread: Spread | None, signed: bool) -> str:
     if spread is None:
         return "–"
-    mean = f"{100 * spread.mean:{'+' if signed else ''}.2f}"
+    value = round(100 * spread.mean, 2)
+    mean = f"{value:{'+' if signed and value else ''}.2f}" if value else "0.00"
     return mean if spread.sd is None else f"{mean} ± {100 * spread.sd:.2f}"
 
 

@@ -42,6 +42,7 @@ def test_difference_without_common_seeds_is_that_of_the_means():
     assert change.sd == pytest.approx((0.02 + 0.04) ** 0.5)
     assert difference({"0": 0.1}, {"1": 0.4}).sd is None
     assert difference({}, {"1": 0.4}) is None
+    assert difference({"0": 0.25}, {"0": 0.5, "1": 9.0}) == Spread(0.25, None, 1)
 
 
 def test_a_difference_has_the_base_it_was_given(make_run):
