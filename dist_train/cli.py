@@ -16,7 +16,7 @@ from dist_train.errors import TrainingError, UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
-BENCHES = ("data", "loss", "order", "start", "step")
+BENCHES = ("compare", "data", "loss", "order", "start", "step")
 """What `bench` can measure: each is a module of dist_train.bench with a function run(arguments), which gives the exit code."""
 
 DESCRIPTION = """\
@@ -25,8 +25,10 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train plan CONFIG     what a run would do: costs, steps, memory, learning rate, data; trains nothing
   dist-train train CONFIG    train; the same command again goes on where it ended
   dist-train eval RUN        accuracy of every exit of a run or checkpoint, each image once
+  dist-train compare RUN RUN put runs side by side: settings, accuracy per exit, cost, curves
+  dist-train study STUDY     train a grid of runs, go on where it ended, and compare them
   dist-train sync RUN        send MLflow what it missed of a run while its server was away
-  dist-train bench WHAT      measure this machine: data, loss, order, start, step
+  dist-train bench WHAT      measure this machine: compare, data, loss, order, start, step
   dist-train doctor          what is installed and what this machine can do
 
 Any field of CONFIG can be overridden: --section.key value.  `dist-train train --help` lists them.
@@ -42,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run one verb and return the exit code."""
     verbs: dict[str, Callable[[list[str]], int]] = {
-        "plan": _plan, "train": _train, "eval": _eval, "sync": _sync, "bench": _bench, "doctor": _doctor,
+        "plan": _plan, "train": _train, "eval": _eval, "compare": _compare, "study": _study, "sync": _sync,
+        "bench": _bench, "doctor": _doctor,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help"):
         print(DESCRIPTION, end="")
@@ -126,6 +129,18 @@ def _sync(arguments: list[str]) -> int:
     result = sync(known.run)
     print(f"{known.run}: {result.lines} lines sent; MLflow at {result.uri} has run {result.run_id}, {result.status}")
     return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from dist_train.compare.command import run
+
+    return run(arguments)
+
+
+def _study(arguments: list[str]) -> int:
+    from dist_train.study import run
+
+    return run(arguments)
 
 
 def _bench(arguments: list[str]) -> int:

@@ -30,7 +30,7 @@ def load_config(path: str | Path, *overrides: str) -> Config:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give the path of a YAML file, see configs/"
         ) from None
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}, not sections; see configs/quickstart.yaml")
     for key, value in _override_pairs(overrides):
@@ -43,7 +43,7 @@ def make_config(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -58,19 +58,19 @@ def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterat
         if isinstance(kind, type) and issubclass(kind, Section):
             yield from describe_fields(kind, f"{prefix}{name}.")
         else:
-            default = "required" if field.is_required() else _plain(field.get_default(call_default_factory=True))
+            default = "required" if field.is_required() else plain(field.get_default(call_default_factory=True))
             yield f"{prefix}{name}", default, field.description or ""
 
 
 def changed_fields(before: Config, after: Config) -> list[tuple[str, str, str]]:
     """The fields (key, before, after) in which two configurations differ."""
-    old, new = _flatten(before.model_dump(mode="json")), _flatten(after.model_dump(mode="json"))
-    return [(key, _plain(old.get(key)), _plain(new.get(key))) for key in new if old.get(key) != new.get(key)]
+    old, new = flatten(before.model_dump(mode="json")), flatten(after.model_dump(mode="json"))
+    return [(key, plain(old.get(key)), plain(new.get(key))) for key in new if old.get(key) != new.get(key)]
 
 
 def flat_fields(config: Config) -> dict[str, str]:
     """Every field as text by its dotted key, as shown in tables and tracking."""
-    return {key: _plain(value) for key, value in _flatten(config.model_dump(mode="json")).items()}
+    return {key: plain(value) for key, value in flatten(config.model_dump(mode="json")).items()}
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,7 +94,8 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|false|False)$"), li
 _Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML with one meaning of every number and word (see _Loader); raises ConfigError with the line of a fault."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -114,7 +115,7 @@ def _override_pairs(tokens: Sequence[str]) -> Iterator[tuple[str, Any]]:
             if not tokens:
                 raise ConfigError(f"--{key} has no value; write --{key} VALUE")
             value = tokens.pop(0)
-        yield key, _parse_yaml(value, f"--{key}")
+        yield key, parse_yaml(value, f"--{key}")
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -127,26 +128,29 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _unknown(key: str) -> str:
-    keys = [name for name, _, _ in describe_fields()]
+def _unknown(key: str, schema: type[Section] = Config) -> str:
+    keys = [name for name, _, _ in describe_fields(schema)]
     known = keys + sorted({name.rpartition(".")[0] for name in keys} - {""})
     leaf = key.rpartition(".")[2]
     by_leaf = [name for name in keys if name.rpartition(".")[2] == leaf]
     near = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`dist-train train --help` lists all keys"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(keys)}"
+    if schema is Config and not near:
+        hint = "`dist-train train --help` lists all keys"
     return f"unknown key '{key}'; {hint}"
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, schema: type[Section] = Config) -> str:
+    """The first fault of a configuration in one line."""
     first = error.errors(include_url=False)[0]
     place = [str(part) for part in first["loc"]]
     # pydantic appends the names of a union's branches to the place; a key of the schema ends before them.
-    known = {name for name, _, _ in describe_fields()}
+    known = {name for name, _, _ in describe_fields(schema)}
     key = next(
         (".".join(place[:end]) for end in range(len(place), 0, -1) if ".".join(place[:end]) in known), ".".join(place)
     )
     if first["type"] == "extra_forbidden":
-        return _unknown(".".join(place))
+        return _unknown(".".join(place), schema)
     if first["type"] == "missing":
         return f"'{key}' is missing; it has no default"
     message = first["msg"].removeprefix("Value error, ")
@@ -155,18 +159,20 @@ def _explain(error: ValidationError) -> str:
     return f"{key} is {first['input']!r}; {message[0].lower()}{message[1:]}"
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of sections as one level of dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A field's value as short text, the same in tables, tracking and the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_plain(item) for item in value) + "]"
+        return "[" + ", ".join(plain(item) for item in value) + "]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -8,11 +8,12 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from dist_train.dist import Ranks
+from shards.index import Index
 
 PACKAGES = ("dist-train", "torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "mlflow", "submitit", "triton")
 
@@ -31,6 +32,7 @@ class Environment:
     commit: str | None
     job: str | None
     array_job: str | None
+    data: dict[str, str] = field(default_factory=dict)
 
     def json(self) -> str:
         """As JSON text."""
@@ -47,7 +49,7 @@ class Environment:
             "device": self.device,
         }
         optional = {"commit": self.commit, "slurm_job": self.job, "slurm_array_job": self.array_job}
-        return tags | {key: value for key, value in optional.items() if value}
+        return tags | self.data | {key: value for key, value in optional.items() if value}
 
 
 def describe_environment(ranks: Ranks, hosts: list[str]) -> Environment:
@@ -68,6 +70,16 @@ def describe_environment(ranks: Ranks, hosts: list[str]) -> Environment:
         job=os.environ.get("SLURM_JOB_ID"),
         array_job=os.environ.get("SLURM_ARRAY_JOB_ID"),
     )
+
+
+def describe_data(train: Index, val: Index) -> dict[str, str]:
+    """What tells the data of two runs apart: classes, size, and the start of both splits' fingerprints."""
+    return {
+        "classes": str(len(train.classes)),
+        "train_images": str(len(train)),
+        "train_data": train.fingerprint[:12],
+        "val_data": val.fingerprint[:12],
+    }
 
 
 def installed_versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_train.compare.tables import run_note
 from dist_train.config import Config
 from dist_train.config_file import flat_fields, load_config
 from dist_train.errors import TrackingError
@@ -206,6 +207,8 @@ class Mirror:
         report = self.folder / "report.json"
         if report.exists():
             self._client.log_artifact(state["run_id"], str(report))
+            note = run_note(state.get("tags", {}).get("command", ""), json.loads(report.read_text()))
+            self._client.set_tag(state["run_id"], "mlflow.note.content", note)
         if (status := state.get("status", "RUNNING")) != "RUNNING":
             self._client.set_terminated(state["run_id"], status, end_time=state.get("ended"))
         self.state.update(complete=True)

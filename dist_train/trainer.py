@@ -20,7 +20,7 @@ from dist_train.config_file import dump_config
 from dist_train.data.pipeline import GlobalBatch, Loader
 from dist_train.dist import Group, Ranks
 from dist_train.engine import Engine, Update
-from dist_train.environment import describe_environment
+from dist_train.environment import describe_data, describe_environment
 from dist_train.errors import TrainingError, UserError
 from dist_train.evaluation import Evaluation, Evaluator, table, write_report
 from dist_train.health import NonFinite, StopRequests
@@ -123,7 +123,9 @@ class Trainer:
         self.tracker: Tracker | None = None
         hosts = group.gather(socket.gethostname())
         if hosts is not None:
-            self.environment = describe_environment(group.ranks, hosts)
+            self.environment = replace(
+                describe_environment(group.ranks, hosts), data=describe_data(ready.train, ready.val)
+            )
             self._open_folder()
             self.tracker = Tracker(config, self.environment.tags)
             watch.at_end = functools.partial(self.tracker.close, "FAILED", timeout=10)

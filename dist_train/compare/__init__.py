@@ -1,0 +1,1 @@
+"""Runs side by side: ``dist-train compare`` and the end of ``dist-train study``."""

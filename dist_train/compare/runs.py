@@ -1,0 +1,198 @@
+"""What a comparison knows of one run, read from its folder or from MLflow; both give the same."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import yaml
+
+from dist_train.config_file import describe_fields, flatten, plain
+from dist_train.errors import DataError
+from dist_train.metrics import read_metrics
+
+COMPARISON_TAG = "dist_train.comparison"
+"""Marks an MLflow run that is a comparison, and no training."""
+
+DATA_TAGS = ("classes", "train_images", "train_data", "val_data")
+"""What identifies a run's data: written to env.json, and to MLflow as tags."""
+
+Series = list[tuple[int, float]]
+"""Points (step, value) of one metric, steps rising."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run: ``fields`` is its configuration as text, ``report`` its report.json, None before its end."""
+
+    name: str
+    source: str
+    fields: dict[str, str]
+    report: dict[str, Any] | None = None
+    series: dict[str, Series] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    store: str | None = None
+    run_id: str | None = None
+
+    @property
+    def seed(self) -> str:
+        """The seed, as text."""
+        return self.fields.get("seed", "0")
+
+    @property
+    def exits(self) -> list[dict[str, Any]]:
+        """The report's exits, empty before the run's end."""
+        return list(self.report.get("exits", [])) if self.report else []
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time from the logged speeds, so that pauses between a stop and its resume do not count."""
+        speeds, seconds, before = self.series.get("speed/images_per_second", []), 0.0, 0
+        batch = float(self.fields.get("train.global_batch", 0))
+        for step, speed in speeds:
+            seconds += (step - before) * batch / speed if speed > 0 else 0.0
+            before = step
+        return seconds or None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Mean speed over the training, in images per second."""
+        seconds = self.seconds
+        last = self.series["speed/images_per_second"][-1][0] if seconds else 0
+        return last * float(self.fields["train.global_batch"]) / seconds if seconds else None
+
+
+def wanted(metric: str) -> bool:
+    """Whether a comparison uses this metric: its curves and its speed, not every statistic of every exit."""
+    return metric in ("train/loss", "val/mean_top1", "speed/images_per_second")
+
+
+def read_folder(folder: str | Path) -> RunData:
+    """A run from its folder; raises DataError where there is none."""
+    folder = Path(folder)
+    try:
+        tree = yaml.safe_load((folder / "config.yaml").read_text())
+        assert isinstance(tree, dict)
+    except (OSError, yaml.YAMLError, AssertionError):
+        raise DataError(f"{folder}: holds no readable config.yaml; give run folders, such as runs/NAME") from None
+    series: dict[str, Series] = {}
+    if (folder / "metrics.jsonl").exists():
+        for entry in read_metrics(folder / "metrics.jsonl"):
+            for metric, value in entry["metrics"].items():
+                if wanted(metric):
+                    series.setdefault(metric, []).append((entry["step"], value))
+    tracking = _json(folder / "tracking.json") or {}
+    data = (_json(folder / "env.json") or {}).get("data", {})
+    fields = _defaults() | {key: plain(value) for key, value in flatten(tree).items()}
+    return RunData(
+        name=fields["name"], source=str(folder), fields=fields, report=_json(folder / "report.json"),
+        series={metric: _one_per_step(points) for metric, points in series.items()},
+        data={key: str(data[key]) for key in DATA_TAGS if key in data},
+        store=tracking.get("uri"), run_id=tracking.get("run_id"),
+    )  # fmt: skip
+
+
+def open_store(uri: str) -> Any:
+    """An MLflow client of a tracking store; raises DataError, one line, for one that is not there or of an older schema."""
+    import logging
+    import os
+
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and not Path(path).exists():
+        raise DataError(f"{uri}: there is no such file; give --uri, for instance sqlite:///runs/mlflow.db")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    from mlflow.tracking import MlflowClient
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # MLflow raises its own, SQLAlchemy's, alembic's and urllib3's
+        text = " ".join(str(error).split())
+        remedy = "copy the file, then run: mlflow db upgrade " + uri if "schema" in text else "is it running?"
+        raise DataError(f"{uri}: MLflow's store cannot be opened ({text[:160]}); {remedy}") from None
+    return client
+
+
+def read_store(uri: str, experiment: str, query: str) -> list[RunData]:
+    """The training runs of an MLflow experiment that a filter selects, oldest first.
+
+    Raises:
+        DataError: no such store or experiment, a filter that MLflow does not understand, or no run that it selects.
+    """
+    client = open_store(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        names = ", ".join(one.name for one in client.search_experiments()) or "none"
+        raise DataError(f"{uri}: has no experiment '{experiment}'; it has: {names}")
+    runs: list[Any] = []
+    token = None
+    while True:
+        try:
+            page = client.search_runs(
+                [found.experiment_id], query, order_by=["attributes.start_time"], page_token=token
+            )
+        except Exception as error:
+            text = " ".join(str(error).split())[:160]
+            raise DataError(f"--filter {query!r}: {text}; write for instance params.loss.teachers = 'later'") from None
+        runs += [run for run in page if COMPARISON_TAG not in run.data.tags]
+        token = page.token
+        if not token:
+            break
+    if not runs:
+        names = ", ".join(one.name for one in client.search_experiments())
+        what = f"no run matches {query!r}" if query else "there is no run"
+        raise DataError(f"{uri}: {what} in the experiment '{experiment}'; the experiments here: {names}")
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda run: _from_store(client, uri, run), runs))
+
+
+def _from_store(client: Any, uri: str, run: Any) -> RunData:
+    series = {}
+    for metric in run.data.metrics:
+        if wanted(metric):
+            history = sorted(client.get_metric_history(run.info.run_id, metric), key=lambda point: point.timestamp)
+            series[metric] = _one_per_step([(point.step, point.value) for point in history])
+    fields = _defaults() | dict(run.data.params)
+    tags = run.data.tags
+    return RunData(
+        name=run.info.run_name, source=f"MLflow run {run.info.run_id}", fields=fields,
+        report=_artifact(client, run, "report.json"), series=series,
+        data={key: tags[key] for key in DATA_TAGS if key in tags}, store=uri, run_id=run.info.run_id,
+    )  # fmt: skip
+
+
+def _artifact(client: Any, run: Any, name: str) -> dict[str, Any] | None:
+    place = urlparse(run.info.artifact_uri)
+    if place.scheme in ("", "file"):
+        return _json(Path(place.path) / name)
+    if name not in [entry.path for entry in client.list_artifacts(run.info.run_id)]:
+        return None
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return _json(Path(client.download_artifacts(run.info.run_id, name, folder)))
+
+
+def _one_per_step(points: Series) -> Series:
+    """What was logged last for every step: a resumed run logs again what came after its checkpoint."""
+    return sorted(dict(points).items())
+
+
+def _defaults() -> dict[str, str]:
+    """Fields that a run of an older version has not written have the value that they had then, the default."""
+    return {key: default for key, default, _ in describe_fields() if default != "required"}
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,139 @@
+"""`dist-train compare` from the outside: what it writes, from folders as from MLflow, and what it says to bad input."""
+
+import base64
+import io
+import re
+import sqlite3
+
+import pytest
+from PIL import Image
+
+from dist_train import cli
+from dist_train.compare.grouping import compare
+from dist_train.compare.output import markdown
+from dist_train.compare.runs import read_folder, read_store
+from dist_train.config_file import load_config
+from dist_train.tracking import Tracker
+
+FILES = [
+    "accuracy.csv",
+    "accuracy.png",
+    "comparison.html",
+    "comparison.md",
+    "comparison.txt",
+    "runs.csv",
+    "training.png",
+]
+
+
+@pytest.fixture
+def compare_command(tmp_path, monkeypatch, capsys):
+    """`compare_command(*arguments)` in an empty folder: (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = cli.run(["compare", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def track(folder):
+    """Ship a run folder to the MLflow store beside it, as its trainer would have."""
+    config = load_config(folder / "config.yaml")
+    tags = {"command": "dist-train train x.yaml", "classes": "10"}
+    Tracker(config, tags).close("FINISHED")
+    return f"sqlite:///{config.runs / 'mlflow.db'}"
+
+
+def test_the_page_is_whole_without_a_network(make_run, compare_command, tmp_path):
+    first = make_run("a", [0.5, 0.6], loss__teachers="none", data={"classes": "10"})
+    make_run("b", [0.6, 0.7], loss__teachers="last")
+    status, out, _ = compare_command(first, first.parent / "b", "--out", "two", "--title", "a & <b>")
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == FILES
+    assert "+10.00" in out
+    page = (tmp_path / "two" / "comparison.html").read_text()
+    assert "<h1>a &amp; &lt;b&gt;</h1>" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    pictures = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    assert len(pictures) == 2
+    for picture in pictures:
+        Image.open(io.BytesIO(base64.b64decode(picture))).verify()
+
+
+def test_folders_and_mlflow_give_the_same_comparison(make_run, compare_command):
+    lines = [
+        (step, step, {"speed/images_per_second": 90.0 + step, "train/loss": 1 / step, "val/mean_top1": 0.5})
+        for step in (10, 20, 30)
+    ]
+    folders = [
+        make_run(f"{teachers}{seed}", [0.5 + 0.01 * seed, 0.6], seed=seed, lines=lines, data={"classes": "10"}, loss__teachers=teachers)
+        for teachers in ("none", "later")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    uri = [track(folder) for folder in folders][-1]
+    # After a kill, a run goes on from its checkpoint at step 10 and logs the steps 20 and 30 again.
+    metrics = folders[0] / "metrics.jsonl"
+    again = metrics.read_text().splitlines()
+    metrics.write_text(again[0] + "\n")
+    tracker = Tracker(load_config(folders[0] / "config.yaml"), {"command": "again"})
+    metrics.write_text(
+        "\n".join([again[0], *(line.replace('"t": ', '"t": 9').replace("0.0", "0.9") for line in again[1:])]) + "\n"
+    )
+    tracker.close("FINISHED")
+
+    from_folders = compare([read_folder(folder) for folder in folders])
+    from_store = compare(read_store(uri, "dist_train", ""))
+    assert markdown(from_store) == markdown(from_folders)
+    for one, two in zip(from_folders.groups, from_store.groups):
+        for mine, other in zip(one.runs, two.runs):
+            assert (mine.fields, mine.series, mine.report) == (other.fields, other.series, other.report)
+    assert from_folders.groups[0].runs[0].series["train/loss"][1] == (20, 0.95)
+
+    status, out, err = compare_command(
+        "--uri", uri, "--experiment", "dist_train", "--filter", "params.loss.teachers = 'later'"
+    )
+    assert (status, err) == (0, "")
+    assert "later" not in markdown(compare(read_store(uri, "dist_train", "params.loss.teachers = 'none'")))
+    assert f"in MLflow {uri}" in out
+    # The comparison is a run of its own, with its files, and no run of the next comparison.
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("dist_train").experiment_id
+    made = client.search_runs([experiment], "tags.`dist_train.comparison` = 'true'")
+    assert sorted(file.path for file in client.list_artifacts(made[0].info.run_id)) == FILES
+    assert "exit 1" in made[0].data.tags["mlflow.note.content"]
+    assert len(read_store(uri, "dist_train", "")) == 4
+    trained = client.search_runs([experiment], "tags.classes = '10' and params.seed = '1'")
+    assert len(trained) == 2
+    assert "| 1 | 1.00 M | 51.00 |" in trained[0].data.tags["mlflow.note.content"]
+
+
+def test_bad_input_is_one_line(make_run, compare_command, tmp_path):
+    folder = make_run("a", [0.5])
+    uri = track(folder)
+    old = tmp_path / "old.db"
+    old.write_bytes((folder.parent / "mlflow.db").read_bytes())
+    with sqlite3.connect(old) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    cases = {
+        (): "give either run folders, or --experiment NAME",
+        ("nowhere",): "nowhere: holds no readable config.yaml; give run folders",
+        (folder, "--filter", "x"): "--filter and --uri select runs in MLflow",
+        ("--uri", f"sqlite:///{tmp_path}/none.db", "--experiment", "x"): "there is no such file",
+        ("--uri", uri, "--experiment", "x"): "has no experiment 'x'; it has: ",
+        ("--uri", uri, "--experiment", "dist_train", "--filter", "params.seed = '7'"): "no run matches",
+        ("--uri", uri, "--experiment", "dist_train", "--filter", "loss = last"): "write for instance params.",
+        ("--uri", f"sqlite:///{old}", "--experiment", "dist_train"): "mlflow db upgrade",
+    }
+    for arguments, expected in cases.items():
+        status, out, err = compare_command(*arguments)
+        assert (status, out) == (2, ""), arguments
+        assert expected in err, arguments
+        assert err.count("\n") == 1, err
+    assert not (tmp_path / "comparison").exists()
+    assert not (tmp_path / "none.db").exists()

@@ -1,0 +1,89 @@
+"""Groups, means and differences are those that a hand computes."""
+
+import csv
+import io
+
+import pytest
+
+from dist_train.compare.grouping import Spread, compare, difference
+from dist_train.compare.runs import read_folder
+from dist_train.compare.tables import accuracy_csv, runs_csv
+
+
+def test_runs_that_differ_only_in_seed_are_one_group(make_run):
+    folders = [
+        make_run("a0", [0.50, 0.60], seed=0, loss__teachers="none"),
+        make_run("b0", [0.54, 0.60], seed=0, loss__teachers="later", loss__mix=0.3),
+        make_run("a1", [0.60, 0.64], seed=1, loss__teachers="none", tracking__experiment="other", checkpoint__keep=5),
+        make_run("b1", [0.66, 0.64], seed=1, loss__teachers="later", loss__mix=0.3),
+    ]
+    comparison = compare([read_folder(folder) for folder in folders])
+    first, second = comparison.groups
+    assert [run.name for run in first.runs] == ["a0", "a1"]
+    assert comparison.fields == ["loss.teachers", "loss.mix"]
+    assert (first.label, second.label) == ("teachers none, mix 0.5", "teachers later, mix 0.3")
+    top1 = first.spread(1)
+    assert (top1.mean, top1.sd, top1.n) == (pytest.approx(0.55), pytest.approx(0.1 / 2**0.5), 2)
+    # At equal seeds: 0.04 and 0.06, and twice 0, although the accuracies themselves spread by far more.
+    change = comparison.difference(second, 1)
+    assert (change.mean, change.sd, change.n) == (pytest.approx(0.05), pytest.approx(0.02 / 2**0.5), 2)
+    assert comparison.difference(second, 2) == Spread(0.0, 0.0, 2)
+    assert comparison.difference(first, 1) is None
+    rows = list(csv.DictReader(io.StringIO(accuracy_csv(comparison))))
+    assert [float(row["top1"]) for row in rows] == pytest.approx([0.55, 0.62, 0.60, 0.62])
+    assert [row["against"] for row in rows] == ["", "", first.label, first.label]
+    assert float(rows[2]["difference"]) == pytest.approx(0.05)
+    assert len(list(csv.DictReader(io.StringIO(runs_csv(comparison))))) == 8
+
+
+def test_difference_without_common_seeds_is_that_of_the_means():
+    change = difference({"0": 0.1, "1": 0.3}, {"2": 0.5, "3": 0.9, "4": 0.7})
+    assert change.mean == pytest.approx(0.5)
+    assert change.sd == pytest.approx((0.02 + 0.04) ** 0.5)
+    assert difference({"0": 0.1}, {"1": 0.4}).sd is None
+    assert difference({}, {"1": 0.4}) is None
+    assert difference({"0": 0.25}, {"0": 0.5, "1": 9.0}) == Spread(0.25, None, 1)
+
+
+def test_a_difference_has_the_base_it_was_given(make_run):
+    names = ["few, plain", "few, taught", "many, plain", "many, taught"]
+    tops = [[0.1], [0.3], [0.6], [0.7]]
+    folders = [make_run(f"r{n}", top, loss__mix=0.1 * (n + 1)) for n, top in enumerate(tops)]
+    labels = {f"r{n}": name for n, name in enumerate(names)}
+    bases = {name: name.split(",")[0] + ", plain" for name in names}
+    comparison = compare([read_folder(folder) for folder in folders], labels=labels, bases=bases)
+    changes = [comparison.difference(group, 1) for group in comparison.groups]
+    assert [change and round(change.mean, 9) for change in changes] == [None, 0.2, None, 0.1]
+
+
+def test_time_leaves_pauses_out_and_speed_is_over_the_whole_training(make_run):
+    lines = [
+        (10, 10, {"speed/images_per_second": 64.0}),
+        (20, 10_000_000, {"speed/images_per_second": 128.0}),  # a day later, after a pause
+    ]
+    run = read_folder(make_run("a", [0.5], lines=lines, train__global_batch=64))
+    assert run.seconds == pytest.approx(10 + 5)
+    assert run.images_per_second == pytest.approx(20 * 64 / 15)
+
+
+def test_what_cannot_be_compared_is_said_and_the_rest_compared(make_run):
+    runs = [
+        make_run("a", [0.5, 0.6], data={"classes": "10", "val_data": "aaaa"}, loss__mix=0.1),
+        make_run("b", [0.7, 0.8], data={"classes": "100", "val_data": "bbbb"}, loss__mix=0.2),
+        make_run("c", None, data={"classes": "10", "val_data": "aaaa"}, loss__mix=0.3),
+        make_run("d", [0.6], data={"classes": "10", "val_data": "aaaa"}, loss__mix=0.4),
+        make_run("e", [0.9], images=50, loss__mix=0.5),
+    ]
+    comparison = compare([read_folder(folder) for folder in runs])
+    _, b, c, d, e = comparison.groups
+    assert b.spread(2).mean == pytest.approx(0.8)
+    assert comparison.difference(b, 1) is None
+    assert comparison.difference(c, 1) is None
+    assert comparison.difference(d, 1).mean == pytest.approx(0.1)
+    assert comparison.difference(d, 2) is None
+    assert comparison.difference(e, 1) is None
+    notes = "\n".join(comparison.notes)
+    assert "other classes (10 and 100), evaluation images (aaaa and bbbb) than mix 0.1" in notes
+    assert "c: no finished evaluation" in notes
+    assert "mix 0.4: 1 exits, mix 0.1 has 2" in notes
+    assert "number of evaluation images (100 and 50)" in notes

@@ -1,0 +1,141 @@
+"""A study that is killed goes on where it was, and gives what an undisturbed one gives."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dist_train import cli
+from dist_train.study import cells, load_study
+
+STUDY = """\
+name: tiny
+config: {config}
+runs: {runs}
+set: {{data.shards: {shards}, model.exits: 2, train.global_batch: 128, train.micro_batch: 128, train.epochs: 6,
+      train.eval_every: 6, checkpoint.every_steps: 4, checkpoint.every_epochs: null, tracking.log_every: 2}}
+axes:
+  teacher: {{alone: {{loss.teachers: none}}, taught: {{loss.teachers: last}}}}
+seeds: [3]
+"""
+
+
+@pytest.fixture
+def study_file(digits, tmp_path, request):
+    """`study_file(runs, old="", new="")` writes the tiny study with one text replaced; gives its path."""
+    config = request.config.rootpath / "configs" / "quickstart.yaml"
+
+    def write(runs, old="", new=""):
+        path = tmp_path / f"{runs}.yaml"
+        path.write_text(STUDY.format(config=config, runs=tmp_path / runs, shards=digits).replace(old, new))
+        return path
+
+    return write
+
+
+def start(path):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dist_train", "study", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process):
+    output = process.communicate(timeout=300)[0]
+    return process.returncode, output
+
+
+def test_a_killed_study_goes_on_and_trains_no_finished_cell_again(study_file, tmp_path):
+    path = study_file("killed")
+    folder = tmp_path / "killed" / "tiny"
+    process = start(path)
+    while not list((folder / "taught-seed3" / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    # As when the machine goes down: the study, its launcher and the training processes, at once.
+    for pid in descendants(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "taught-seed3" / "report.json").exists()
+    first = {file: file.stat().st_mtime_ns for file in (folder / "alone-seed3").rglob("*") if file.is_file()}
+
+    status, output = finish(start(path))
+    assert status == 0, output
+    assert "[1/2] alone, seed 3: finished before" in output
+    assert "resumed from" in (folder / "output" / "taught-seed3.txt").read_text()
+    # Its place in MLflow is not part of the run folder's files, so none of them has been touched.
+    assert first == {file: file.stat().st_mtime_ns for file in first}
+
+    undisturbed = study_file("whole")
+    shutil.copytree(folder / "alone-seed3", tmp_path / "whole" / "tiny" / "alone-seed3")
+    status, output = finish(start(undisturbed))
+    assert status == 0, output
+    left, right = (tmp_path / runs / "tiny" / "comparison" / "accuracy.csv" for runs in ("killed", "whole"))
+    assert left.read_text() == right.read_text()
+    assert len(left.read_text().splitlines()) == 1 + 2 * 2
+
+
+def descendants(pid):
+    import psutil
+
+    root = psutil.Process(pid)
+    return [root.pid, *(child.pid for child in root.children(recursive=True))]
+
+
+def test_a_failed_cell_is_said_and_the_others_are_compared(study_file, tmp_path):
+    bad = "{loss.teachers: last, data.train: nowhere}"
+    status, output = finish(start(study_file("failed", "{loss.teachers: last}", bad)))
+    assert status == 1, output
+    assert "taught, seed 3: failed (launch.local: " in output
+    assert "note: taught, seed 3: missing" in output
+    assert (tmp_path / "failed" / "tiny" / "comparison" / "comparison.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("seeds:", "seedz:", "unknown key 'seedz'; did you mean seeds?"),
+        ("teachers: none", "teachers: lats", "cell alone-seed3: loss.teachers is"),
+        ("loss.teachers: none", "loss.teacher: none", "cell alone-seed3: unknown key 'loss.teacher'; did you mean loss.teachers?"),
+        ("alone:", "'taught!':", "2 cells would be called taught-seed3"),
+        ("[3]", "[]", "seeds is"),
+        ("seeds:", "baseline: labels\nseeds:", "baseline is 'labels'; it is one of the axes: teacher"),
+    ],
+)  # fmt: skip
+def test_a_wrong_study_is_one_line_before_anything_starts(study_file, tmp_path, capsys, old, new, expected):
+    assert cli.run(["study", str(study_file("wrong", old, new))]) == 2
+    errors = capsys.readouterr().err
+    assert expected in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_cell_trained_with_other_settings_is_refused(study_file, tmp_path, capsys):
+    path = study_file("other")
+    cell = cells(load_study(path))[0]
+    folder = tmp_path / "other" / "tiny" / cell.name
+    folder.mkdir(parents=True)
+    from dist_train.config_file import dump_config, load_config
+
+    config = load_config(load_study(path).config, *cell.overrides, "--optim.lr", "0.3")
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "report.json").write_text("{}")
+    assert cli.run(["study", str(path)]) == 2
+    assert (
+        "cell alone-seed3 was trained with optim.lr 0.3, not 0.1; give the study another name"
+        in capsys.readouterr().err
+    )
+
+
+def test_axes_multiply_and_values_are_named_after_their_field(study_file):
+    path = study_file("grid", "seeds: [3]", "  optim.lr: [0.1, 0.02]\nseeds: [0, 1]")
+    grid = cells(load_study(path))
+    assert len({cell.name for cell in grid}) == 8
+    assert [(cell.label, cell.base, cell.seed) for cell in grid[2:4]] == [
+        ("alone, lr 0.02", "alone, lr 0.1", 0),
+        ("alone, lr 0.02", "alone, lr 0.1", 1),
+    ]
