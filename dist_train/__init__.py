@@ -13,22 +13,36 @@ if TYPE_CHECKING:
     from dist_train.config_file import load_config
     from dist_train.evaluation import evaluate
     from dist_train.loss import ExitDistillation
+    from dist_train.models.exits import attach_exits
     from dist_train.models.msdnet import MSDNet
     from dist_train.planner import plan
+    from dist_train.prediction import predict
     from dist_train.trainer import train
 
 # Imported when first used: `dist-train --help` must not wait for torch.
 _HOMES = {
     "ExitDistillation": "dist_train.loss",
     "MSDNet": "dist_train.models.msdnet",
+    "attach_exits": "dist_train.models.exits",
     "evaluate": "dist_train.evaluation",
     "load_config": "dist_train.config_file",
     "load_model": "dist_train.checkpoint",
     "plan": "dist_train.planner",
+    "predict": "dist_train.prediction",
     "train": "dist_train.trainer",
 }
 
-__all__ = ["ExitDistillation", "MSDNet", "evaluate", "load_config", "load_model", "plan", "train"]
+__all__ = [
+    "ExitDistillation",
+    "MSDNet",
+    "attach_exits",
+    "evaluate",
+    "load_config",
+    "load_model",
+    "plan",
+    "predict",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
