@@ -185,7 +185,7 @@ def _of_kit(path: Path, name: str) -> bytes:
 
 def _synsets(meta: bytes) -> dict[int, str]:
     """The devkit's number to synset; inner nodes of the hierarchy have higher numbers and are not used as classes."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     try:
         rows: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
