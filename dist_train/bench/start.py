@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
                 return 2
             runs.append(found)
     # What the first run reads from the disk, the others find in memory.
-    parts = {name: round(statistics.median(found[name] for found in runs[1:]), 2) for name in runs[0]}
+    parts = {name: round(statistics.median(found.get(name, 0.0) for found in runs[1:]), 2) for name in runs[0]}
     print(f"{known.processes} processes, medians of {known.runs} runs")
     print("\n".join(f"{name:<32} {seconds:6.2f} s" for name, seconds in parts.items()))
     if known.json:
