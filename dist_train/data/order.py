@@ -262,10 +262,11 @@ def _repeat(ids: Ids, images: int, repeats: int) -> Ids:
 
 def _views(ids: Ids, samples: int) -> Ids:
     """Number the appearances of every id: its n-th one becomes the view id + n x samples."""
-    by_id = np.argsort(ids, kind="stable")
+    several = np.flatnonzero(np.bincount(ids, minlength=samples)[ids] > 1)
+    by_id = several[np.argsort(ids[several], kind="stable")]
     ordered = ids[by_id]
-    places = np.arange(len(ids))
-    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    views = np.empty_like(ids)
-    views[by_id] = ordered + samples * (places - np.maximum.accumulate(np.where(first, places, 0)))
+    places = np.arange(len(several))
+    first = np.diff(ordered, prepend=-1) != 0
+    views = ids.copy()
+    views[by_id] += samples * (places - np.maximum.accumulate(np.where(first, places, 0)))
     return views
