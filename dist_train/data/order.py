@@ -267,6 +267,6 @@ def _views(ids: Ids, samples: int) -> Ids:
     ordered = ids[by_id]
     places = np.arange(len(several))
     first = np.diff(ordered, prepend=-1) != 0
-    views = ids.copy()
+    views: Ids = ids.copy()
     views[by_id] += samples * (places - np.maximum.accumulate(np.where(first, places, 0)))
     return views
