@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dist_train.errors import ConfigError
 
@@ -25,11 +25,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _path_or_url(given: Any) -> Any:
+    return Path(given) if isinstance(given, str) and "://" not in given else given
+
+
 class DataConfig(Section):
     """Which shards are read, and how an image becomes a tensor."""
 
-    shards: Path
-    """Folder made by `python -m shards make`, with one folder per split."""
+    shards: Annotated[Path | str, BeforeValidator(_path_or_url)]
+    """Folder made by `python -m shards make`, with one folder per split; or its URL (s3://, gs://, https://)."""
+    cache: Path | None = None
+    """Folder on this machine for the shards behind a URL (default: ~/.cache/dist_train); processes and runs share it."""
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    """Size of that folder, in GB; the shards not used for longest make room."""
     train: str = "train"
     """Split that is trained on."""
     val: str = "val"
@@ -86,6 +94,10 @@ class DataConfig(Section):
     """How shards are compared with their index before training: sizes, also hashes, or (auto) hashes up to 1 GB."""
     max_bad: Natural = 100
     """Unreadable images that a run puts up with before it stops."""
+
+    def location(self, split: str) -> Path | str:
+        """Folder or URL of a split."""
+        return self.shards / split if isinstance(self.shards, Path) else f"{self.shards.rstrip('/')}/{split}"
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

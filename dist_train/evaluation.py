@@ -107,13 +107,14 @@ def evaluate(path: str | Path, split: str | None = None, shards: str | Path | No
         UserError: no such checkpoint or split, or shards of other classes.
     """
     from dist_train import checkpoint
+    from dist_train.config import DataConfig
     from dist_train.data.pipeline import Loader
     from dist_train.errors import DataError
     from dist_train.preflight import open_split
 
     path = checkpoint.resolve(path)
     state, config = checkpoint.read_state(path)
-    data = config.data.model_copy(update={"shards": Path(shards)} if shards else {})
+    data = DataConfig.model_validate(config.data.model_dump() | ({"shards": shards} if shards else {}))
     split = split or data.val
     index = open_split(data, split)
     if list(index.classes) != state.classes:
@@ -124,7 +125,7 @@ def evaluate(path: str | Path, split: str | None = None, shards: str | Path | No
     model = checkpoint.load_model(path)
     group = Group(ranks, config.faults.group_minutes)
     loader = Loader(
-        index, data.shards / split, data, train=False, seed=config.seed, global_batch=config.train.global_batch,
+        index, data.location(split), data, train=False, seed=config.seed, global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size, device=group.device,
         threads=data.threads or ranks.threads,
     )  # fmt: skip

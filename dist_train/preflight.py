@@ -11,6 +11,7 @@ from torch import nn
 from dist_train.checkpoint import check_continues
 from dist_train.config import Config, DataConfig, accumulation
 from dist_train.data.order import Order
+from dist_train.data.remote import open_index
 from dist_train.dist import Ranks
 from dist_train.engine import check_device
 from dist_train.errors import ConfigError, DataError
@@ -71,7 +72,9 @@ def open_split(data: DataConfig, split: str) -> Index:
     Raises:
         DataError: folder or index missing, or a shard that does not match.
     """
-    index = Index.load(data.shards / split)
+    index = open_index(data, split)
+    if not isinstance(data.shards, Path):
+        return index  # its shards are compared by their hashes as they come
     total = sum(shard.bytes for shard in index.shards)
     index.verify("hash" if data.verify == "hash" or (data.verify == "auto" and total <= HASHED_BYTES) else "size")
     return index

@@ -377,7 +377,7 @@ class Trainer:
         train = self.config.train
         return Loader(
             ready.train if training else ready.val,
-            self.config.data.shards / (self.config.data.train if training else self.config.data.val),
+            self.config.data.location(self.config.data.train if training else self.config.data.val),
             self.config.data,
             train=training,
             seed=self.config.seed,

@@ -152,15 +152,14 @@ class Order:
             if self._data.repeats > 1:
                 ids = ids[turn * turn_size : (turn + 1) * turn_size]
         else:
-            streams = [self._stretch(part, epoch) for part in self._parts]
             main = self._parts[self._main]
             whole = self._pass(main, cycle)[turn * turn_size : (turn + 1) * turn_size]
-            streams[self._main] = np.resize(whole, self.steps_per_epoch * main.per_batch)
-            ids = interleave(streams)
+            once = np.resize(whole, self.steps_per_epoch * main.per_batch)
+            ids = interleave([once if part is main else self._stretch(part, epoch) for part in self._parts])
         if self._data.repeats > 1:
             ids = _repeat(ids, self._global_batch // self._data.repeats, self._data.repeats)
-        once = len(self._parts) == 1 and self._data.repeats == 1
-        return ids if once else _views(ids, self._samples)
+        plain = len(self._parts) == 1 and self._data.repeats == 1
+        return ids if plain else _views(ids, self._samples)
 
     def summary(self) -> str | None:
         """What an epoch is, in words, where that is not simply every image once."""
@@ -262,10 +261,11 @@ def _repeat(ids: Ids, images: int, repeats: int) -> Ids:
 
 def _views(ids: Ids, samples: int) -> Ids:
     """Number the appearances of every id: its n-th one becomes the view id + n x samples."""
-    by_id = np.argsort(ids, kind="stable")
+    several = np.flatnonzero(np.bincount(ids, minlength=samples)[ids] > 1)
+    by_id = several[np.argsort(ids[several], kind="stable")]
     ordered = ids[by_id]
-    places = np.arange(len(ids))
-    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    views = np.empty_like(ids)
-    views[by_id] = ordered + samples * (places - np.maximum.accumulate(np.where(first, places, 0)))
+    places = np.arange(len(several))
+    first = np.diff(ordered, prepend=-1) != 0
+    views: Ids = ids.copy()
+    views[by_id] += samples * (places - np.maximum.accumulate(np.where(first, places, 0)))
     return views

@@ -22,6 +22,7 @@ from dist_train.data.augment import parameters
 from dist_train.data.decode import Columns, Decoder
 from dist_train.data.mix import mix
 from dist_train.data.reader import ShardReader
+from dist_train.data.remote import ShardCache
 from dist_train.errors import DataError
 from dist_train.loss import LabelMix
 from shards.index import UNLABELED, Index
@@ -93,7 +94,7 @@ class Loader:
 
     Args:
         index: the split.
-        folder: where its shards are.
+        folder: where its shards are, a folder or a URL.
         data: how images are varied and normalised; ``max_bad`` unreadable ones are put up with.
         train: training (augmented, shuffled) or evaluation.
         seed: of the order and the augmentation.
@@ -104,7 +105,7 @@ class Loader:
     """
 
     def __init__(
-        self, index: Index, folder: Path, data: DataConfig, *, train: bool, seed: int, global_batch: int, micro_batch: int,
+        self, index: Index, folder: Path | str, data: DataConfig, *, train: bool, seed: int, global_batch: int, micro_batch: int,
         rank: int, world_size: int, device: torch.device, threads: int,
     ) -> None:  # fmt: skip
         self.bad: dict[int, BadSample] = {}
@@ -122,7 +123,9 @@ class Loader:
         self._labeled = index.label != UNLABELED
         self._epoch = 0
         self._order = np.arange(len(index))  # views, see order.py
-        self._reader = ShardReader(index, folder, data.readers)
+        self._cache = ShardCache(index, folder, data) if isinstance(folder, str) else None
+        keep = {"keep_open": 2 * data.window} if self._cache else {}
+        self._reader = ShardReader(index, index.folder or Path(folder), data.readers, self._cache, **keep)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._running: Generator[Any, None, None] | None = None
         self._resized = True
@@ -147,7 +150,11 @@ class Loader:
         self._end_pass()
         self._epoch = epoch
         self._order = self.order.epoch(epoch)
-        self._running = batches = self._global_batches(range(start_batch, self.order.steps_per_epoch))
+        numbers = range(start_batch, self.order.steps_per_epoch)
+        if self._cache and numbers:
+            mine = np.concatenate([part for number in numbers for part in self._parts(number)])
+            self._expect(self._cache, self._order[mine])
+        self._running = batches = self._global_batches(numbers)
         return batches
 
     def evaluation(self) -> Iterator[MicroBatch]:
@@ -159,6 +166,8 @@ class Loader:
         assert not self._train, "training goes by epochs"
         self._end_pass()
         share = order.rank_slice(self._order, self._rank, self._world_size)
+        if self._cache:
+            self._expect(self._cache, share)
         self._running = batches = self._micro_batches(iter(order.micro_batches(share, self._micro_batch)))
         return batches
 
@@ -167,6 +176,13 @@ class Loader:
         self._end_pass()
         self._thread.shutdown(cancel_futures=True)
         self._reader.close()
+        if self._cache:
+            self._cache.close()
+
+    def _expect(self, cache: ShardCache, views: NDArray[np.int64]) -> None:
+        """Have the shards of these views fetched ahead, in the order in which they are first wanted."""
+        shards, first = np.unique(self._index.shard[views % len(self._index)], return_index=True)
+        cache.expect(shards[np.argsort(first)].tolist())
 
     def _end_pass(self) -> None:
         if self._running is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_train.data.remote import ShardCache
 from shards.index import Index
 
 _OPEN_SHARDS = 128
@@ -25,11 +26,22 @@ class ShardReader:
         index: the split.
         folder: where its shards are.
         threads: samples read at the same time.
+        cache: brings the shards into ``folder`` where they are behind a URL.
+        keep_open: files kept open at most; what the cache removes is gone from the disk only when it is closed.
     """
 
-    def __init__(self, index: Index, folder: Path, threads: int = 1) -> None:
+    def __init__(
+        self,
+        index: Index,
+        folder: Path,
+        threads: int = 1,
+        cache: ShardCache | None = None,
+        keep_open: int = _OPEN_SHARDS,
+    ) -> None:
         self._index = index
         self._folder = folder
+        self._cache = cache
+        self._keep_open = keep_open
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._stamps: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
@@ -107,11 +119,12 @@ class ShardReader:
                 self._open.move_to_end(shard)
                 return self._open[shard]
         # Opened without the lock, since it may take long on a network's file system; of two threads the later one wins.
-        descriptor = _Descriptor(self._folder / self._index.shards[shard].name)
+        path = self._cache.path(shard) if self._cache else self._folder / self._index.shards[shard].name
+        descriptor = _Descriptor(path)
         with self._lock:
             self._stamps.setdefault(shard, _stamp(os.fstat(descriptor.number)))
             self._open[shard] = descriptor
-            if len(self._open) > _OPEN_SHARDS:
+            if len(self._open) > self._keep_open:
                 self._open.popitem(last=False)
         return descriptor
 

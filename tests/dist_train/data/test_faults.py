@@ -255,13 +255,12 @@ def test_a_gif_in_foreign_shards_is_bad_not_fatal(digits: Path, tmp_path: Path, 
     assert loader.bad[5].reason == "the decoder cannot read it"
 
 
-def test_reading_by_many_threads_gives_each_sample_its_own_bytes(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_by_many_threads_gives_each_sample_its_own_bytes(digits: Path) -> None:
     # With fewer shards kept open than are in use, files are closed and opened again under the threads all the time.
-    monkeypatch.setattr("dist_train.data.reader._OPEN_SHARDS", 2)
     index = Index.load(digits / "train")
     samples = np.random.default_rng(0).permutation(len(index)).tolist()
     before = len(os.listdir("/proc/self/fd"))
-    reader = ShardReader(index, digits / "train", threads=8)
+    reader = ShardReader(index, digits / "train", threads=8, keep_open=2)
     read = reader.read_all(samples, failed=lambda sample: np.empty(0, dtype=np.uint8))
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     reader.close()
