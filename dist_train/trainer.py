@@ -378,6 +378,9 @@ class Trainer:
             self.config.folder, len(ready.train), len(ready.train.classes), self.criterion.num_exits, train.global_batch,
             ranks.world_size, self.passes, train.micro_batch, train.precision, train.zero, self.group.device.type,
         )  # fmt: skip
+        for index in (ready.train, ready.val):
+            if index.left_out:
+                log.info("%s", index.quarantine_note)
         left = len(ready.train) - self.steps_per_epoch * train.global_batch
         if left:
             what = f"{left} images are left out" if left > 0 else f"{-left} images come twice"

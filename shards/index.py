@@ -82,6 +82,11 @@ class Index:
     folder: Path | None = None
     left_out: int = 0
 
+    @property
+    def quarantine_note(self) -> str:
+        """A line for whoever uses the split, about what its quarantine list has kept out; empty without any."""
+        return f"{self.folder}: {self.left_out} images are left out, by {QUARANTINE_FILE}" if self.left_out else ""
+
     def __len__(self) -> int:
         return len(self.label)
 
