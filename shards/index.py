@@ -216,13 +216,20 @@ class Index:
         return entries
 
     def save_quarantine(self, entries: Sequence[Bad]) -> None:
-        """Write the quarantine list of this split, which must be loaded whole; an empty one is removed."""
+        """Write the quarantine list of this split, which must be loaded whole; an empty one is removed.
+
+        Raises:
+            DataError: it cannot be written.
+        """
         assert self.folder is not None, "only an index that was loaded has a quarantine list"
         path = self.folder / QUARANTINE_FILE
-        if entries:
-            _write_json(path, {"fingerprint": self.fingerprint, "samples": [entry._asdict() for entry in entries]})
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if entries:
+                _write_json(path, {"fingerprint": self.fingerprint, "samples": [entry._asdict() for entry in entries]})
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror}); training would use what is bad") from None
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
