@@ -26,7 +26,7 @@ import PIL
 from dist_train.errors import DataError
 from shards import sources
 from shards.images import AS_IS, Storing
-from shards.index import UNLABELED, Index
+from shards.index import FILE, UNLABELED, Index
 from shards.pack import COLUMNS, Packed, Task, write_shard
 from shards.source import Item, Source, shuffled
 from shards.sources import Sample
@@ -93,13 +93,13 @@ def make(
         opened = _opened(source, drafts / "source") if callable(source) else source
         draft = drafts / _plan(opened, size, storing)
         if not (draft / _COMPLETE).exists():
-            _refuse_existing(out, opened.splits)
+            refuse_existing(out, opened.splits)
             for split in opened.splits:
                 _make_split(opened, split, draft / split, size, workers, report, storing)
             (draft / _COMPLETE).touch()
             _sync_folder(draft)
         pending = [split for split in opened.splits if (draft / split).exists()]
-        _refuse_existing(out, pending)
+        refuse_existing(out, pending, others=False)
         for split in pending:
             for record in (draft / split).glob("shard-*.json"):
                 record.unlink()
@@ -271,10 +271,17 @@ def _opened(source: Callable[[Path], Source], scratch: Path) -> Source:
         ) from None
 
 
-def _refuse_existing(out: Path, splits: Iterable[str]) -> None:
-    for split in splits:
-        if (out / split).exists():
-            raise DataError(f"{out / split}: is there already; remove it or choose another folder")
+def refuse_existing(out: Path, splits: Iterable[str], others: bool = True) -> None:
+    """Refuse a folder that has one of these splits already, or (``others``) any shards.
+
+    Raises:
+        DataError: it is so.
+    """
+    found = [out / split for split in splits if (out / split).exists()]
+    if others:
+        found += sorted(path.parent for pattern in (FILE, f"*/{FILE}") for path in out.glob(pattern))
+    if found:
+        raise DataError(f"{found[0]}: is there already; remove it or choose another folder")
 
 
 @contextmanager
