@@ -16,7 +16,7 @@ from dist_train.errors import TrainingError, UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
-BENCHES = ("compare", "data", "loss", "order", "start", "step")
+BENCHES = ("compare", "data", "loss", "order", "shards", "start", "step")
 """What `bench` can measure: each is a module of dist_train.bench with a function run(arguments), which gives the exit code."""
 
 DESCRIPTION = """\
@@ -28,7 +28,7 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train compare RUN RUN put runs side by side: settings, accuracy per exit, cost, curves
   dist-train study STUDY     train a grid of runs, go on where it ended, and compare them
   dist-train sync RUN        send MLflow what it missed of a run while its server was away
-  dist-train bench WHAT      measure this machine: compare, data, loss, order, start, step
+  dist-train bench WHAT      measure this machine: compare, data, loss, order, shards, start, step
   dist-train doctor          what is installed and what this machine can do
 
 Any field of CONFIG can be overridden: --section.key value.  `dist-train train --help` lists them.

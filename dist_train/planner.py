@@ -51,6 +51,7 @@ class Plan:
     memory: dict[int, Memory] = field(default_factory=dict)
     checkpoint_bytes: int = 0
     resumes: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def total_steps(self) -> int:
@@ -76,6 +77,7 @@ class Plan:
         lines = [
             f"run       {self.config.folder}" + (f", goes on from {self.resumes}" if self.resumes else ", new"),
             f"data      {self.images} images, {self.classes} classes in {self.config.data.shards}/{self.config.data.train}",
+            *(f"          {note}" for note in self.notes),
             f"batch     {train.global_batch} = {self.world_size} processes x {self.passes} passes x {train.micro_batch}",
             f"length    {self.total_steps} steps = {train.epochs} epochs x {self.steps_per_epoch}, the incomplete last batch "
             + ("left out" if self.config.data.last_batch == "drop" else "filled up from the epoch's start"),
@@ -125,6 +127,7 @@ def plan(config: Config, world_size: int = 1) -> Plan:
         memory={stage: _memory(numbers, config, stage, world_size, activations) for stage in range(4)},
         checkpoint_bytes=4 * numbers * kept,
         resumes=str(ready.resume.resolve()) if ready.resume else None,
+        notes=[index.quarantine_note for index in (ready.train, ready.val) if index.left_out],
     )
 
 

@@ -408,6 +408,9 @@ class Trainer:
             self.config.folder, len(ready.train), len(ready.train.classes), self.criterion.num_exits, train.global_batch,
             ranks.world_size, self.passes, train.micro_batch, train.precision, train.zero, self.group.device.type,
         )  # fmt: skip
+        for index in (ready.train, ready.val):
+            if index.left_out:
+                log.info("%s", index.quarantine_note)
         if self.loader.order and (note := self.loader.order.summary()):
             log.info("%s", note)
         if resumed:

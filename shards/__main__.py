@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shards: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("shards: stopped; the same command goes on", file=sys.stderr)
+        print(f"shards: stopped{'; the same command goes on' if options.run is _make else ''}", file=sys.stderr)
         return 130
     return code
 

@@ -38,7 +38,8 @@ def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Mem
             end = os.fstat(file.fileno()).st_size if size is None else start + size
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
+                while member := tar.next():
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
                     if member.offset_data + member.size > end:
                         raise DataError(f"{path}: is cut off in {member.name}; fetch it again")
                     offset = member.offset_data if member.isreg() else -1

@@ -82,6 +82,11 @@ class Index:
     folder: Path | None = None
     left_out: int = 0
 
+    @property
+    def quarantine_note(self) -> str:
+        """A line for whoever uses the split, about what its quarantine list has kept out; empty without any."""
+        return f"{self.folder}: {self.left_out} images are left out, by {QUARANTINE_FILE}" if self.left_out else ""
+
     def __len__(self) -> int:
         return len(self.label)
 
@@ -211,13 +216,20 @@ class Index:
         return entries
 
     def save_quarantine(self, entries: Sequence[Bad]) -> None:
-        """Write the quarantine list of this split, which must be loaded whole; an empty one is removed."""
+        """Write the quarantine list of this split, which must be loaded whole; an empty one is removed.
+
+        Raises:
+            DataError: it cannot be written.
+        """
         assert self.folder is not None, "only an index that was loaded has a quarantine list"
         path = self.folder / QUARANTINE_FILE
-        if entries:
-            _write_json(path, {"fingerprint": self.fingerprint, "samples": [entry._asdict() for entry in entries]})
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if entries:
+                _write_json(path, {"fingerprint": self.fingerprint, "samples": [entry._asdict() for entry in entries]})
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror}); training would use what is bad") from None
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.index import FILE, QUARANTINE_FILE, UNLABELED, Index
+from shards.index import FILE, UNLABELED, Index
 from shards.make import MANIFEST, read_manifest
 
 
@@ -32,8 +32,8 @@ def describe(folder: Path) -> list[str]:
     if "of" in tree:
         rule = ", ".join(f"{name} {value}" for name, value in tree["rule"].items())
         lines.append(f"  a list over the shards in {os.path.normpath(folder.resolve() / tree['of'])} ({rule})")
-    if index.left_out:
-        lines.append(f"  {index.left_out} images are left out, by {QUARANTINE_FILE}")
+    if index.quarantine_note:
+        lines.append(f"  {index.quarantine_note}")
     if (folder / MANIFEST).exists():
         lines += _unusual(folder)
     return lines

@@ -26,7 +26,7 @@ import PIL
 from dist_train.errors import DataError
 from shards import sources
 from shards.images import AS_IS, Storing
-from shards.index import Index
+from shards.index import FILE, UNLABELED, Index
 from shards.pack import COLUMNS, Packed, Task, write_shard
 from shards.source import Item, Source, shuffled
 from shards.sources import Sample
@@ -90,20 +90,16 @@ def make(
         DataError: a split is there already, a class has no readable image, or ``out`` cannot be written.
     """
     with _drafts(out) as drafts:
-        opened = source(drafts / "source") if callable(source) else source
+        opened = _opened(source, drafts / "source") if callable(source) else source
         draft = drafts / _plan(opened, size, storing)
         if not (draft / _COMPLETE).exists():
-            _refuse_existing(out, opened.splits)
-            try:
-                for split in opened.splits:
-                    _make_split(opened, split, draft / split, size, workers, report, storing)
-            except DataError:
-                shutil.rmtree(draft)
-                raise
+            refuse_existing(out, opened.splits)
+            for split in opened.splits:
+                _make_split(opened, split, draft / split, size, workers, report, storing)
             (draft / _COMPLETE).touch()
             _sync_folder(draft)
         pending = [split for split in opened.splits if (draft / split).exists()]
-        _refuse_existing(out, pending)
+        refuse_existing(out, pending, others=False)
         for split in pending:
             for record in (draft / split).glob("shard-*.json"):
                 record.unlink()
@@ -192,7 +188,11 @@ def _make_split(
         done += packed
         if report:
             report(split, done, len(items))
-    _finish_split(source, split, folder, items, [task.record for task in tasks])
+    try:
+        _finish_split(source, split, folder, items, [task.record for task in tasks])
+    except DataError:  # the source has to be mended, and then it is another one
+        shutil.rmtree(folder.parent)
+        raise
 
 
 def _finish_split(source: Source, split: str, folder: Path, items: Sequence[Item], records: Sequence[Path]) -> None:
@@ -208,7 +208,7 @@ def _finish_split(source: Source, split: str, folder: Path, items: Sequence[Item
         if packed.shard.samples:
             shards.append(packed.shard)
             parts.append({name: np.array(packed.columns[name]) for name in COLUMNS})
-    _check_classes(source, split, items, dict(skipped))
+    _check_readable(source, split, items, dict(skipped))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
     columns["shard"] = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
     index = Index.from_columns(source.classes, shards, columns)
@@ -222,15 +222,18 @@ def _finish_split(source: Source, split: str, folder: Path, items: Sequence[Item
     _sync_folder(folder)
 
 
-def _check_classes(source: Source, split: str, items: Sequence[Item], skipped: dict[str, str]) -> None:
-    """Refuse a split in which all files of a class were skipped."""
+def _check_readable(source: Source, split: str, items: Sequence[Item], skipped: dict[str, str]) -> None:
+    """Refuse a split in which all files, or all of a class, were skipped."""
     readable = {item.label for item in items if item.name not in skipped}
     for item in items:
-        if item.label not in readable:
+        if item.label not in readable and (item.label != UNLABELED or not readable):
+            what = "it" if item.label == UNLABELED else f"class '{source.classes[item.label]}'"
             raise DataError(
-                f"{split}: class '{source.classes[item.label]}' has no readable image "
+                f"{split}: {what} has no readable image "
                 f"(for instance {item.name}: {skipped[item.name]}); mend or remove it"
             )
+    if not items:
+        raise DataError(f"{split}: there are no images for it; choose fewer for the other splits")
 
 
 def _cut(items: Sequence[Item], size: ShardSize) -> Iterator[tuple[int, list[Item]]]:
@@ -258,10 +261,27 @@ def _plan(source: Source, size: ShardSize, storing: Storing) -> str:
     return digest.hexdigest()[:16]
 
 
-def _refuse_existing(out: Path, splits: Iterable[str]) -> None:
-    for split in splits:
-        if (out / split).exists():
-            raise DataError(f"{out / split}: is there already; remove it or choose another folder")
+def _opened(source: Callable[[Path], Source], scratch: Path) -> Source:
+    try:
+        return source(scratch)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or scratch}: the source cannot be opened or unpacked ({error.strerror or error}); "
+            "mend that and give the same command again"
+        ) from None
+
+
+def refuse_existing(out: Path, splits: Iterable[str], others: bool = True) -> None:
+    """Refuse a folder that has one of these splits already, or (``others``) any shards.
+
+    Raises:
+        DataError: it is so.
+    """
+    found = [out / split for split in splits if (out / split).exists()]
+    if others:
+        found += sorted(path.parent for pattern in (FILE, f"*/{FILE}") for path in out.glob(pattern))
+    if found:
+        raise DataError(f"{found[0]}: is there already; remove it or choose another folder")
 
 
 @contextmanager

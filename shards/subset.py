@@ -14,6 +14,7 @@ import numpy as np
 from dist_train.errors import DataError
 from shards.check import split_folders
 from shards.index import Index
+from shards.make import refuse_existing
 from shards.source import Item, Source, read_file
 
 
@@ -56,16 +57,14 @@ def save_lists(source: Source, folder: Path, out: Path, rule: Mapping[str, int])
     """Write the splits of ``source``, chosen from the shards in ``folder``, to ``out`` as lists over them, and return the folders; all or none.
 
     Raises:
-        DataError: a split is there already, or ``out`` cannot be written.
+        DataError: there are shards already, or ``out`` cannot be written.
     """
     ids = {
         f"{path.name}/{key.decode()}": (path.name, sample)
         for path in split_folders(folder)
         for sample, key in enumerate(Index.load(path, quarantine=False).key.tolist())
     }
-    for split in source.splits:
-        if (out / split).exists():
-            raise DataError(f"{out / split}: is there already; remove it or choose another folder")
+    refuse_existing(out, source.splits)
     draft: Path | None = None
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dist_train import cli
 from dist_train.config_file import dump_config, make_config
+from shards.index import Index
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"exits": 2, "base": 1, "step": 1, "scales": 2, "growth": 2, "initial_channels": 4, "head_width": 8,
@@ -178,3 +179,26 @@ def test_a_verb_imports_no_more_than_it_needs(config, tmp_path, words, unwanted)
     modules = result.stderr.split()
     assert "dist_train.cli" in modules
     assert not set(unwanted) & set(modules)
+
+
+def test_training_leaves_out_what_check_has_found_and_reads_a_list_over_other_shards(digits, config, command, tmp_path):
+    part, damaged = tmp_path / "part", tmp_path / "damaged"
+    shutil.copytree(digits, damaged)
+    for words in (["subset", damaged, part, "--per-class", "30"], ["check", damaged]):
+        assert command("shards", *words).returncode == 0
+    index = Index.load(part / "train")
+    shard = damaged / "train" / index.shards[0].name
+    content = bytearray(shard.read_bytes())
+    content[int(index.offset[7]) : int(index.offset[7]) + 4] = b"none"
+    shard.write_bytes(content)
+    assert command("shards", "check", damaged).returncode == 2
+    overrides = ("--data.shards", part, "--data.verify", "size", "--train.max_steps", 2)
+    note = f"{part / 'train'}: 1 images are left out, by quarantine.json"
+    shown = command("dist_train", "plan", config, *overrides)
+    assert shown.returncode == 0
+    assert "299 images, 10 classes" in shown.stdout
+    assert note in shown.stdout
+    ended = command("dist_train", "train", config, *overrides)
+    assert ended.returncode == 0, ended.stderr
+    assert note in ended.stdout
+    assert "cannot be read" not in ended.stdout

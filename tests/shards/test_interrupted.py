@@ -74,6 +74,28 @@ def test_killed_at_ten_random_moments(source: Path, whole: dict[str, bytes], tmp
     assert tree(out) == whole
 
 
+def test_a_worker_that_is_killed_is_one_line_and_the_same_command_goes_on(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["make", "folder", str(source), str(out), "--shard-size", "4", *WORDS]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shards", *words, "--workers", "2"], stderr=subprocess.PIPE, text=True
+    )
+    while not list(out.glob(".making/*/*/shard-*.json")):
+        time.sleep(0.002)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    next(worker for worker in workers if "spawn_main" in " ".join(worker.cmdline())).kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert len(errors.splitlines()) == 1
+    assert "a worker process was killed, perhaps for want of memory; give the same command again" in errors
+    kept = len(list(out.glob(".making/*/*/shard-*.json")))
+    assert kept > 0
+    assert main(words) == 0
+    assert tree(out) == whole
+
+
 def die_at(step: int) -> None:
     """Let this process kill itself before its n-th call that makes something lasting."""
     calls = itertools.count(1)

@@ -205,6 +205,7 @@ BAD = {
     "val twice": (["{tmp}/split", "{out}", "--val-per-class", "1"], "has a val split"),
     "out is a file": (["{in}", "{tmp}/file/x"], "cannot be written"),
     "out is there": (["{in}", "{tmp}/done"], "done/train: is there already"),
+    "out holds other shards": (["{in}", "{tmp}/other"], "other/test: is there already"),
     "no number": (["{in}", "{out}", "--val-per-class", "0"], "0 is not a number above 0"),
     "no size": (["{in}", "{out}", "--shard-size", "5GB"], "neither a number of samples"),
     "no such option": (["{in}", "{out}", "--colour"], "unrecognized arguments: --colour"),
@@ -219,6 +220,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "done" / "train").mkdir(parents=True)
+    (tmp_path / "other" / "test").mkdir(parents=True)
+    (tmp_path / "other" / "test" / "index.json").touch()
     for name in ("hollow", "texts", "mixed"):
         draw(tmp_path / name / ("train/cat" if name == "mixed" else "cat") / "1.png", (1, 2, 3))
     (tmp_path / "hollow" / "dog").mkdir()

@@ -12,18 +12,24 @@ import pytest
 from PIL import Image
 
 from shards import sources
+from shards.__main__ import main
+from shards.images import AS_IS, Storing
 from shards.index import Index
 from shards.make import ShardSize, make
 
 Samples = dict[str, tuple[int, bytes]]
 
 
-@pytest.fixture(scope="module", params=["digits", "photos"])
+@pytest.fixture(scope="module", params=["digits", "photos", "photos re-encoded", "subset copied"])
 def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "digits":
         make(sources.digits(), folder / "out", ShardSize(samples=100))
         return folder / "out" / "val"
+    if request.param == "subset copied":
+        make(sources.digits(), folder / "digits", ShardSize(samples=100))
+        assert main(["subset", str(folder / "digits"), str(folder / "out"), "--labels-per-class", "9", "--copy"]) == 0
+        return folder / "out" / "train"
     root = os.environ.get("DIST_TRAIN_TEST_DATA")
     if not root:
         pytest.skip("DIST_TRAIN_TEST_DATA does not say where imagenet-250.tar is")
@@ -34,7 +40,8 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             path = folder / "in" / f"class {number % 12}" / Path(member.name).name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.read())
-    make(sources.folder(folder / "in"), folder / "out", ShardSize(samples=100))
+    storing = Storing(max_size=64) if request.param.endswith("re-encoded") else AS_IS
+    make(sources.folder(folder / "in"), folder / "out", ShardSize(samples=100), storing=storing)
     return folder / "out" / "train"
 
 

@@ -22,7 +22,7 @@ ALL = [*PER_CLASS, "--val-per-class", "10", "--labels-per-class", "5"]
 
 
 @pytest.fixture(scope="module")
-def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits without a val split, their test split under that name, in shards of 100."""
     out = tmp_path_factory.mktemp("whole")
     assert main(["make", "digits", str(out / "digits"), "--shard-size", "100"]) == 0
@@ -65,12 +65,16 @@ def test_lists_and_copies_are_the_same(whole: Path, tmp_path: Path) -> None:
 
 
 def test_the_seed_chooses(whole: Path, tmp_path: Path) -> None:
-    a, b, c = (
-        contents(subset(whole, tmp_path / name, *PER_CLASS, "--seed", seed) / "train")
-        for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
-    )
-    assert a == b
-    assert 20 < len(set(a) & set(c)) < 250
+    folders = [
+        subset(whole, tmp_path / name, *ALL, "--seed", seed) for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
+    ]
+    for split, most in (("train", 200), ("val", 60)):
+        a, b, c = (contents(folder / split) for folder in folders)
+        assert a == b
+        assert len(set(a) & set(c)) < most
+    assert contents(folders[0] / "test") == contents(folders[2] / "test")
+    hold_out = [subset(whole, tmp_path / f"val{seed}", "--val-per-class", "10", "--seed", seed) for seed in "12"]
+    assert len(set.intersection(*(set(contents(folder / "val")) for folder in hold_out))) < 30
 
 
 def test_training_opens_a_list_like_any_split(whole: Path, tmp_path: Path) -> None:
