@@ -28,6 +28,8 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train compare RUN RUN put runs side by side: settings, accuracy per exit, cost, curves
   dist-train study STUDY     train a grid of runs, go on where it ended, and compare them
   dist-train sync RUN        send MLflow what it missed of a run while its server was away
+  dist-train predict RUN IMAGES...   class, confidence and exit of image files, stopping early
+  dist-train convert FILE OUTPUT     a public MSDNet checkpoint as one of ours
   dist-train bench WHAT      measure this machine: compare, data, loss, order, shards, start, step
   dist-train doctor          what is installed and what this machine can do
 
@@ -44,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run one verb and return the exit code."""
     verbs: dict[str, Callable[[list[str]], int]] = {
-        "plan": _plan, "train": _train, "eval": _eval, "compare": _compare, "study": _study, "sync": _sync,
-        "bench": _bench, "doctor": _doctor,
+        "plan": _plan, "train": _train, "eval": _eval, "predict": _predict, "convert": _convert, "compare": _compare,
+        "study": _study, "sync": _sync, "bench": _bench, "doctor": _doctor,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help"):
         print(DESCRIPTION, end="")
@@ -141,6 +143,51 @@ def _study(arguments: list[str]) -> int:
     from dist_train.study import run
 
     return run(arguments)
+
+
+def _predict(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "dist-train predict", description="Classify image files; every image stops at the exit that is sure of it."
+    )
+    parser.add_argument("run", metavar="CHECKPOINT", help="run folder (its best checkpoint), or one of its checkpoints")
+    parser.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of them")
+    policy = parser.add_mutually_exclusive_group()
+    policy.add_argument(
+        "--thresholds", metavar="T,T,...", help="stop at the first exit whose confidence reaches its threshold"
+    )
+    policy.add_argument("--patience", type=int, metavar="N", help="stop when N exits in a row kept the predicted class")
+    policy.add_argument(
+        "--budget", metavar="B", help="thresholds of report.json for a cost per image: 12e6, 12M, 3.5ms"
+    )
+    policy.add_argument("--exit", type=int, metavar="N", help="stop at exit N (default: the last)")
+    parser.add_argument("--measure", choices=("max_probability", "entropy", "margin"), default="max_probability",
+                        help="what --thresholds are compared with")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images computed together (default: 1)")
+    parser.add_argument("--output", metavar="CSV", help="write one line per image there instead of printing it")
+    known = parser.parse_args(arguments)
+    from dist_train.predict_files import predict_files
+
+    predict_files(known)
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "dist-train convert",
+        description="Turn a checkpoint of a public MSDNet repository into a folder that eval, predict and load_model read.",
+        epilog="Any field of the configuration can be given: --data.mean '[0.49, 0.48, 0.45]', --data.shards data/cifar100.",
+    )
+    parser.add_argument(
+        "file", metavar="FILE", help="their checkpoint: a torch file, read with weights_only, or safetensors"
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder to make")
+    parser.add_argument("--repository", required=True, choices=("msdnet_pytorch", "multiexit_distillation"))
+    parser.add_argument("--arguments", required=True, metavar="YAML", help="the network's configuration by their names")
+    known, overrides = parser.parse_known_args(arguments)
+    from dist_train.models.convert import convert
+
+    print(convert(known.file, known.output, known.repository, known.arguments, *overrides))
+    return 0
 
 
 def _bench(arguments: list[str]) -> int:

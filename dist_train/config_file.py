@@ -33,13 +33,13 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}, not sections; see configs/quickstart.yaml")
+    return make_config(tree, *overrides)
+
+
+def make_config(tree: dict[str, Any], *overrides: str) -> Config:
+    """Apply overrides to a tree of plain values and check it; raises ConfigError with one line for the first fault."""
     for key, value in _override_pairs(overrides):
         _set(tree, key, value)
-    return make_config(tree)
-
-
-def make_config(tree: dict[str, Any]) -> Config:
-    """Check a tree of plain values against the schema; raises ConfigError with one line for the first fault."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

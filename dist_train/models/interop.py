@@ -28,26 +28,30 @@ def load_msdnet_pytorch(args: Mapping[str, Any], state_dict: Mapping[str, Tensor
         ConfigError: an argument is missing or out of range.
         CheckpointError: keys are missing, unexpected or of another shape.
     """
+    num_classes, arguments = msdnet_pytorch_arguments(args)
+    return _load(MSDNet(num_classes, **arguments), state_dict)
+
+
+def msdnet_pytorch_arguments(args: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Classes and arguments of :class:`MSDNet` for the ``args`` of :func:`load_msdnet_pytorch`; raises ConfigError as it does."""
     data = _choice(args, "data", tuple(_CLASSES))
     growth_factors = _factors(_get(args, "grFactor"))
-    network = MSDNet(
-        _CLASSES[data],
-        exits=int(_get(args, "nBlocks")),
-        scales=len(growth_factors),
-        growth=int(_get(args, "growthRate")),
-        growth_factors=growth_factors,
-        bottleneck_factors=_factors(_get(args, "bnFactor")) if args.get("bottleneck", True) else None,
-        initial_channels=int(_get(args, "nChannels")),
-        base=int(_get(args, "base")),
-        step=int(_get(args, "step")),
-        step_mode=cast(Any, _STEP_MODES[_choice(args, "stepmode", tuple(_STEP_MODES))]),
-        prune=cast(Any, _choice(args, "prune", ("min", "max"))),
-        reduction=float(args.get("reduction", 0.5)),
-        head_width=None if data == "ImageNet" else 128,
-        stem=224 if data == "ImageNet" else 32,
-        dialect="msdnet_pytorch",
-    )
-    return _load(network, state_dict)
+    return _CLASSES[data], {
+        "exits": int(_get(args, "nBlocks")),
+        "scales": len(growth_factors),
+        "growth": int(_get(args, "growthRate")),
+        "growth_factors": growth_factors,
+        "bottleneck_factors": _factors(_get(args, "bnFactor")) if args.get("bottleneck", True) else None,
+        "initial_channels": int(_get(args, "nChannels")),
+        "base": int(_get(args, "base")),
+        "step": int(_get(args, "step")),
+        "step_mode": cast(Any, _STEP_MODES[_choice(args, "stepmode", tuple(_STEP_MODES))]),
+        "prune": cast(Any, _choice(args, "prune", ("min", "max"))),
+        "reduction": float(args.get("reduction", 0.5)),
+        "head_width": None if data == "ImageNet" else 128,
+        "stem": 224 if data == "ImageNet" else 32,
+        "dialect": "msdnet_pytorch",
+    }
 
 
 def load_multiexit_distillation(cf_net: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MSDNet:
@@ -62,24 +66,28 @@ def load_multiexit_distillation(cf_net: Mapping[str, Any], state_dict: Mapping[s
         ConfigError: an argument is missing or out of range.
         CheckpointError: keys are missing, unexpected or of another shape.
     """
+    num_classes, arguments = multiexit_distillation_arguments(cf_net)
+    return _load(MSDNet(num_classes, **arguments), state_dict)
+
+
+def multiexit_distillation_arguments(cf_net: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Classes and arguments of :class:`MSDNet` for the ``cf_net`` of :func:`load_multiexit_distillation`; ConfigError as there."""
     prune = cf_net.get("prune")
-    network = MSDNet(
-        int(_get(cf_net, "out_dim")),
-        exits=int(_get(cf_net, "n_exits")),
-        scales=int(_get(cf_net, "n_scales")),
-        growth=int(_get(cf_net, "nplanes_addh")),
-        growth_factors=_factors(_get(cf_net, "nplanes_mulv")),
-        bottleneck_factors=_factors(cf_net.get("btneck_widths") or ()) or None,
-        initial_channels=int(cf_net.get("nplanes_init", 32)),
-        base=int(_get(cf_net, "nlayers_to_exit")),
-        step=int(_get(cf_net, "nlayers_between_exits")),
-        prune=cast(Any, "none" if prune is None else _choice(cf_net, "prune", ("min", "max"))),
-        reduction=float(cf_net.get("plane_reduction", 0.0)),
-        head_width=cf_net.get("exit_width"),
-        stem=_choice(cf_net, "in_shape", (32, 224)),
-        dialect="multiexit_distillation",
-    )
-    return _load(network, state_dict)
+    return int(_get(cf_net, "out_dim")), {
+        "exits": int(_get(cf_net, "n_exits")),
+        "scales": int(_get(cf_net, "n_scales")),
+        "growth": int(_get(cf_net, "nplanes_addh")),
+        "growth_factors": _factors(_get(cf_net, "nplanes_mulv")),
+        "bottleneck_factors": _factors(cf_net.get("btneck_widths") or ()) or None,
+        "initial_channels": int(cf_net.get("nplanes_init", 32)),
+        "base": int(_get(cf_net, "nlayers_to_exit")),
+        "step": int(_get(cf_net, "nlayers_between_exits")),
+        "prune": cast(Any, "none" if prune is None else _choice(cf_net, "prune", ("min", "max"))),
+        "reduction": float(cf_net.get("plane_reduction", 0.0)),
+        "head_width": cf_net.get("exit_width"),
+        "stem": _choice(cf_net, "in_shape", (32, 224)),
+        "dialect": "multiexit_distillation",
+    }
 
 
 def _load(network: MSDNet, state_dict: Mapping[str, Tensor]) -> MSDNet:

@@ -1,0 +1,117 @@
+"""The verb `convert`: a checkpoint file of a public MSDNet repository becomes a checkpoint folder of ours."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dist_train import checkpoint
+from dist_train.checkpoint import Position, Snapshot, State
+from dist_train.config_file import make_config
+from dist_train.errors import CheckpointError, ConfigError
+from dist_train.models import interop
+from dist_train.models.msdnet import MSDNet
+from shards.index import Index
+
+# Mean and deviation of CIFAR-100 as both repositories use them; ImageNet's are the defaults.
+CIFAR = {"image_size": 32, "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276]}
+IMAGENET = {"image_size": 224, "eval_resize": 256}
+
+
+def convert(file: str | Path, output: str | Path, repository: str, arguments: str | Path, *overrides: str) -> Path:
+    """Write ``output/checkpoints/step-0``, which ``load_model``, eval and predict read; gives the path of ``output``.
+
+    Args:
+        file: their checkpoint, a torch file (read with ``weights_only=True``) or safetensors.
+        output: folder to make.
+        repository: ``msdnet_pytorch`` or ``multiexit_distillation``.
+        arguments: YAML or JSON file with the configuration that :mod:`~dist_train.models.interop` takes.
+        overrides: fields of the configuration, ``"--data.shards", "data/cifar100"``; the names of the classes come from
+            those shards where they are there, and are numbers otherwise.
+
+    Raises:
+        ConfigError: the configuration is incomplete, or out of range.
+        CheckpointError: the file is not weights, or they do not fit the configuration; names the keys.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ConfigError(f"{output}: exists already; give a new folder")
+    theirs = _read_arguments(Path(arguments))
+    if repository == "msdnet_pytorch":
+        classes, model = interop.msdnet_pytorch_arguments(theirs)
+        network: MSDNet = interop.load_msdnet_pytorch(theirs, read_weights(file))
+    else:
+        classes, model = interop.multiexit_distillation_arguments(theirs)
+        network = interop.load_multiexit_distillation(theirs, read_weights(file))
+    tree = {
+        "name": output.name, "runs": str(output.parent), "model": {"name": "msdnet", **model},
+        "data": {"shards": "shards", **(CIFAR if model["stem"] == 32 else IMAGENET)},
+    }  # fmt: skip
+    config = make_config(tree, *overrides)
+    state = State(Position(), 1, _class_names(config.data.shards / config.data.val, classes), "", {})
+    folder = output / "checkpoints"
+    try:
+        path = checkpoint.write(folder, Snapshot(state, config, network.state_dict(), {}))
+        checkpoint.point(folder, "latest", path)
+    except OSError as error:
+        raise CheckpointError(f"{output}: cannot be written ({error.strerror or error})") from None
+    return output
+
+
+def read_weights(file: str | Path) -> Mapping[str, Tensor]:
+    """The state dict in a file: the file's content, or what stands in it under ``state_dict`` or ``model``.
+
+    Raises:
+        CheckpointError: no such file, or no weights in it.
+    """
+    file = Path(file)
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file))
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{file}: holds no weights, or more than weights, which is not read ({reason}); give a file that "
+            "torch.load reads with weights_only=True, or safetensors"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not weights by name; give a state dict")
+    return content
+
+
+def _read_arguments(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}); give their configuration as YAML or JSON"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"{file}: is neither YAML nor JSON; write their configuration as such") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: holds a {type(content).__name__}, not names and values")
+    return content
+
+
+def _class_names(split: Path, classes: int) -> list[str]:
+    """The names in the split's index, or numbers where there are no such shards."""
+    if not (split / "index.json").exists():
+        return [str(number) for number in range(classes)]
+    names = list(Index.load(split).classes)
+    if len(names) != classes:
+        raise ConfigError(f"{split}: has {len(names)} classes, the network {classes}; give other --data.shards")
+    return names
