@@ -56,7 +56,7 @@ def convert(file: str | Path, output: str | Path, repository: str, arguments: st
         "data": {"shards": "shards", **(CIFAR if model["stem"] == 32 else IMAGENET)},
     }  # fmt: skip
     config = make_config(tree, *overrides)
-    state = State(Position(), 1, _class_names(config.data.shards / config.data.val, classes), "", {})
+    state = State(Position(), 1, _class_names(Path(config.data.location(config.data.val)), classes), "", {})
     folder = output / "checkpoints"
     try:
         path = checkpoint.write(folder, Snapshot(state, config, network.state_dict(), {}))
