@@ -30,7 +30,7 @@ from dist_train.errors import CheckpointError, ConfigError, DataError
 from dist_train.models.cost import exit_costs
 from dist_train.policy import confidence
 from dist_train.prediction import Patience, Policy, Thresholds, at_exit, predict
-from shards.images import Unreadable, inspect
+from shards.images import Unreadable, encode
 
 ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 COSTS = ("multiply_adds_lazy", "multiply_adds", "multiply_adds_public")
@@ -314,7 +314,7 @@ def _decoder(data: DataConfig, batch: int, ranks: Ranks) -> Decoder:
 
 def _prepare(file: Path, data: DataConfig) -> dict[str, Any]:
     """The decoder's columns for one file; what shards would store of it is what is decoded."""
-    image = inspect(file.read_bytes())
+    image = encode(file.read_bytes())
     size = np.array([[image.height, image.width]], dtype=np.int64)
     steps = parameters(data, False, 0, 0, np.zeros(1, dtype=np.int64), size)
     return {"raw": [np.frombuffer(image.data, dtype=np.uint8)], **steps}
