@@ -25,7 +25,7 @@ ALL = [*PER_CLASS, "--val-per-class", "10", "--labels-per-class", "5"]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits without a val split, their test split under that name, in shards of 100."""
     out = tmp_path_factory.mktemp("whole")
-    assert main(["make", "digits", str(out / "digits"), "--shard-size", "100"]) == 0
+    assert main(["make", "digits", str(out / "digits"), "--shard-size", "100", "--workers", "1"]) == 0
     (out / "digits" / "val").rename(out / "digits" / "test")
     return out / "digits"
 
