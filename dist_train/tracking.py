@@ -114,6 +114,8 @@ class Tracker:
                     artifact_location=(self.config.runs.resolve() / "mlflow-artifacts").as_uri()
                     if self.uri.startswith("sqlite")
                     else None,
+                    # Else MLflow's pages take it for one of language models, and show the runs as "evaluations".
+                    tags={"mlflow.experimentKind": "custom_model_development"},
                 )
             )
         state = self._state()

@@ -107,9 +107,12 @@ def run_note(command: str, report: Mapping[str, Any]) -> str:
 
 
 def _fields(comparison: Comparison) -> Table:
-    """The configurations' differences: a line per field, so that long values do not widen the other tables."""
-    rows = [[key, *(group.values.get(key, "") for group in comparison.groups)] for key in comparison.fields]
-    return Table("What differs", ["field", *_labels(comparison)], rows)
+    """The differing fields of every group; nothing where nothing differs."""
+    fields = comparison.fields
+    rows = (
+        [[group.label, *(group.values.get(key, "") for key in fields)] for group in comparison.groups] if fields else []
+    )
+    return Table("What differs", ["", *fields], rows)
 
 
 def _accuracy(comparison: Comparison) -> Table:
@@ -161,10 +164,6 @@ def _by_exit(comparison: Comparison, spread: Callable[[int | None], Spread | Non
 
 def _exits(comparison: Comparison) -> list[str]:
     return [*(f"exit {number}" for number in range(1, comparison.num_exits + 1)), "mean"]
-
-
-def _labels(comparison: Comparison) -> list[str]:
-    return [group.label for group in comparison.groups]
 
 
 def _percent(spread: Spread | None, signed: bool) -> str:
