@@ -9,7 +9,8 @@ from dist_train.config_file import changed_fields, describe_fields, dump_config,
 from dist_train.errors import ConfigError
 
 MINIMAL = {"data": {"shards": "somewhere"}}
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("study_"))
 
 
 def write(tmp_path, text):

@@ -16,8 +16,8 @@ STUDY = """\
 name: tiny
 config: {config}
 runs: {runs}
-set: {{data.shards: {shards}, model.exits: 2, train.global_batch: 128, train.micro_batch: 128, train.epochs: 6,
-      train.eval_every: 6, checkpoint.every_steps: 4, checkpoint.every_epochs: null, tracking.log_every: 2}}
+set: {{data.shards: {shards}, model.exits: 2, train.global_batch: 32, train.micro_batch: 32, train.epochs: 1,
+      train.max_steps: 30, checkpoint.every_steps: 4, checkpoint.every_epochs: null, tracking.log_every: 2}}
 axes:
   teacher: {{alone: {{loss.teachers: none}}, taught: {{loss.teachers: last}}}}
 seeds: [3]
@@ -129,6 +129,12 @@ def test_a_cell_trained_with_other_settings_is_refused(study_file, tmp_path, cap
         "cell alone-seed3 was trained with optim.lr 0.3, not 0.1; give the study another name"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(("name", "number"), [("digits", 12), ("cifar10", 60), ("imagenet", 7)])
+def test_shipped_studies_have_valid_cells(request, name, number):
+    study = load_study(request.config.rootpath / "configs" / f"study_{name}.yaml")
+    assert len({cell.name for cell in cells(study)}) == number
 
 
 def test_axes_multiply_and_values_are_named_after_their_field(study_file):
