@@ -41,7 +41,10 @@ class Table:
         """An HTML table with its title as caption."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell) or '&nbsp;'}</td>" for cell in row) + "</tr>" for row in self.rows
+            "<tr>"
+            + "".join(f"<td>{html.escape(cell).replace(' ± ', '&nbsp;±&nbsp;') or '&nbsp;'}</td>" for cell in row)
+            + "</tr>"
+            for row in self.rows
         )
         title = html.escape(self.title)
         return f"<h2>{title}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
