@@ -305,7 +305,9 @@ def _connect(uri: str, experiment: str, runs: Path) -> tuple[Any, str]:
         if found:
             return client, str(found.experiment_id)
         artifacts = (runs.resolve() / "mlflow-artifacts").as_uri() if uri.startswith("sqlite") else None
-        return client, str(client.create_experiment(experiment, artifact_location=artifacts))
+        # Without the tag MLflow's pages take it for one of language models, and show the runs as "evaluations".
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return client, str(client.create_experiment(experiment, artifact_location=artifacts, tags=kind))
 
 
 @contextlib.contextmanager

@@ -18,12 +18,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 POINTS = 300
 """Points that a training curve is thinned to."""
+MAX_BANDS = 3
+"""Groups whose seeds are shown as shaded bands; more of them would hide each other, and get thin lines."""
 
 
 def accuracy_figure(comparison: Comparison) -> Figure:
-    """Anytime (mean over seeds, shaded range) and, beside it where runs have them, budgeted curves, on the same axes."""
+    """Anytime (mean over seeds, range) and, beside it where runs have them, budgeted curves, on the same axes."""
     budgeted = any(_budgeted(run) for group in comparison.groups for run in group.finished)
-    figure, panels = _figure(2 if budgeted else 1, len(comparison.groups), shared=True)
+    figure, panels = _figure(2 if budgeted else 1, comparison, shared=True)
     for place, group in enumerate(comparison.groups):
         _anytime(panels[0], comparison, group, place)
         if budgeted:
@@ -33,13 +35,13 @@ def accuracy_figure(comparison: Comparison) -> Figure:
         if budgeted:
             axes.set_title(title, fontsize=10)
     panels[0].set_ylabel("top-1 accuracy, %")
-    _finish(figure, panels[0], len(comparison.groups))
+    _finish(figure, panels[0], comparison)
     return figure
 
 
 def training_figure(comparison: Comparison) -> Figure:
     """Mean accuracy over the exits in validation, and the training loss, over the steps; every seed a line."""
-    figure, panels = _figure(2, len(comparison.groups), shared=False)
+    figure, panels = _figure(2, comparison, shared=False)
     for axes, metric, factor, words in zip(
         panels, ("val/mean_top1", "train/loss"), (100.0, 1.0),
         ("validation top-1, mean over exits, %", "training loss (its scale depends on the objective)"),
@@ -55,7 +57,7 @@ def training_figure(comparison: Comparison) -> Figure:
                 )  # fmt: skip
         axes.set_xlabel("step")
         axes.set_title(words, fontsize=10)
-    _finish(figure, panels[0], len(comparison.groups))
+    _finish(figure, panels[0], comparison)
     return figure
 
 
@@ -71,9 +73,11 @@ def _anytime(axes: Any, comparison: Comparison, group: Group, place: int) -> Non
     axes.plot(x, y, label=group.label, **_style(place, 1))
     if len(group.finished) > 1:
         values = [[100 * run.exits[number - 1]["top1"] for run in group.finished] for number in numbers]
-        axes.fill_between(
-            x, list(map(min, values)), list(map(max, values)), color=_color(place), alpha=0.12, linewidth=0
-        )
+        low, high = list(map(min, values)), list(map(max, values))
+        if len(comparison.groups) <= MAX_BANDS:
+            axes.fill_between(x, low, high, color=_color(place), alpha=0.12, linewidth=0)
+        else:
+            axes.vlines(x, low, high, color=_color(place), linewidth=1, alpha=0.6)
 
 
 def _draw_budgeted(axes: Any, group: Group, place: int) -> None:
@@ -92,26 +96,30 @@ def _budgeted(run: RunData) -> list[dict[str, Any]]:
     return sorted(sweeps[0]["points"], key=lambda point: float(point["cost"])) if sweeps else []
 
 
-def _figure(count: int, groups: int, shared: bool) -> tuple[Figure, list[Any]]:
-    legend = 0.2 * -(-groups // _columns(groups)) + 0.15
-    figure = Figure(figsize=(9.6 if count > 1 else 6.8, 3.6 + legend), dpi=150, layout="constrained")
+def _figure(count: int, comparison: Comparison, shared: bool) -> tuple[Figure, list[Any]]:
+    width = 9.6 if count > 1 else 6.8
+    rows = -(-len(comparison.groups) // _columns(comparison, width))
+    figure = Figure(figsize=(width, 3.7 + 0.19 * rows), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, count, squeeze=False, sharex=shared, sharey=shared)[0].tolist()
     return figure, panels
 
 
-def _finish(figure: Figure, axes: Any, groups: int) -> None:
+def _finish(figure: Figure, axes: Any, comparison: Comparison) -> None:
     for panel in figure.axes:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         if not panel.has_data():
             panel.text(0.5, 0.5, "nothing recorded", transform=panel.transAxes, ha="center", color="#555555")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(groups), frameon=False, fontsize=8)
+    columns = _columns(comparison, figure.get_figwidth())
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
-def _columns(groups: int) -> int:
-    return 1 if groups < 2 else 2 if groups < 5 else 3
+def _columns(comparison: Comparison, width: float) -> int:
+    """Columns of the legend that fit below a figure of this width, in inches."""
+    longest = max(len(group.label) for group in comparison.groups)
+    return max(1, min(3, int(width / (0.5 + 0.068 * longest))))
 
 
 def _style(place: int, points: int) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def save(figure: Figure) -> bytes:
 
 
 FIGURES: Sequence[tuple[str, Any, str]] = (
-    ("accuracy", accuracy_figure, "Accuracy against cost; the shaded band spans the seeds"),
+    ("accuracy", accuracy_figure, "Accuracy against cost: means, and the range of the seeds"),
     ("training", training_figure, "Training"),
 )
 """(file name, function of a comparison, words) of every picture."""

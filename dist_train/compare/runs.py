@@ -104,8 +104,11 @@ def open_store(uri: str) -> Any:
     path = uri.removeprefix("sqlite:///")
     if path != uri and not Path(path).exists():
         raise DataError(f"{uri}: there is no such file; give --uri, for instance sqlite:///runs/mlflow.db")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    quiet = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+    # MLflow's own retries block for minutes where a server is not there.
+    bounds = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    for name, value in (quiet | bounds).items():
+        os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
     for name in ("alembic", "mlflow"):

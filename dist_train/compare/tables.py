@@ -41,7 +41,10 @@ class Table:
         """An HTML table with its title as caption."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell) or '&nbsp;'}</td>" for cell in row) + "</tr>" for row in self.rows
+            "<tr>"
+            + "".join(f"<td>{html.escape(cell).replace(' ± ', '&nbsp;±&nbsp;') or '&nbsp;'}</td>" for cell in row)
+            + "</tr>"
+            for row in self.rows
         )
         title = html.escape(self.title)
         return f"<h2>{title}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -107,9 +110,12 @@ def run_note(command: str, report: Mapping[str, Any]) -> str:
 
 
 def _fields(comparison: Comparison) -> Table:
-    """The configurations' differences: a line per field, so that long values do not widen the other tables."""
-    rows = [[key, *(group.values.get(key, "") for group in comparison.groups)] for key in comparison.fields]
-    return Table("What differs", ["field", *_labels(comparison)], rows)
+    """The differing fields of every group; nothing where nothing differs."""
+    fields = comparison.fields
+    rows = (
+        [[group.label, *(group.values.get(key, "") for key in fields)] for group in comparison.groups] if fields else []
+    )
+    return Table("What differs", ["", *fields], rows)
 
 
 def _accuracy(comparison: Comparison) -> Table:
@@ -161,10 +167,6 @@ def _by_exit(comparison: Comparison, spread: Callable[[int | None], Spread | Non
 
 def _exits(comparison: Comparison) -> list[str]:
     return [*(f"exit {number}" for number in range(1, comparison.num_exits + 1)), "mean"]
-
-
-def _labels(comparison: Comparison) -> list[str]:
-    return [group.label for group in comparison.groups]
 
 
 def _percent(spread: Spread | None, signed: bool) -> str:

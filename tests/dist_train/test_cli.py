@@ -151,7 +151,9 @@ def test_help_lists_every_field(command):
 
 
 def test_verbs(command, capsys):
-    assert "use one of plan, train, eval, compare, study, sync, bench, doctor" in refused(capsys, "trian", "x.yaml")
+    assert "use one of plan, train, eval, predict, convert, compare, study, sync, bench, doctor" in refused(
+        capsys, "trian", "x.yaml"
+    )
     shown = command("dist_train", "doctor")
     assert shown.returncode == 0, shown.stdout
     assert "A run can start here." in shown.stdout

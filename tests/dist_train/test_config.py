@@ -10,7 +10,7 @@ from dist_train.errors import ConfigError
 
 MINIMAL = {"data": {"shards": "somewhere"}}
 FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = [path for path in sorted(FOLDER.glob("*.yaml")) if not path.name.startswith("study_")]
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("study_"))
 
 
 def write(tmp_path, text):

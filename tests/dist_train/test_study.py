@@ -1,5 +1,6 @@
 """A study that is killed goes on where it was, and gives what an undisturbed one gives."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,14 +11,15 @@ import time
 import pytest
 
 from dist_train import cli
+from dist_train.config_file import dump_config, load_config
 from dist_train.study import cells, load_study
 
 STUDY = """\
 name: tiny
 config: {config}
 runs: {runs}
-set: {{data.shards: {shards}, model.exits: 2, train.global_batch: 128, train.micro_batch: 128, train.epochs: 6,
-      train.eval_every: 6, checkpoint.every_steps: 4, checkpoint.every_epochs: null, tracking.log_every: 2}}
+set: {{data.shards: {shards}, model.exits: 2, train.global_batch: 32, train.micro_batch: 32, train.epochs: 1,
+      train.max_steps: 30, checkpoint.every_steps: 4, checkpoint.every_epochs: null, tracking.log_every: 2}}
 axes:
   teacher: {{alone: {{loss.teachers: none}}, taught: {{loss.teachers: last}}}}
 seeds: [3]
@@ -88,11 +90,25 @@ def descendants(pid):
 
 def test_a_failed_cell_is_said_and_the_others_are_compared(study_file, tmp_path):
     bad = "{loss.teachers: last, data.train: nowhere}"
-    status, output = finish(start(study_file("failed", "{loss.teachers: last}", bad)))
+    path = study_file("failed", "{loss.teachers: last}", bad)
+    finished_cell(path)
+    status, output = finish(start(path))
     assert status == 1, output
+    assert "alone, seed 3: finished before" in output
     assert "taught, seed 3: failed (launch.local: " in output
     assert "note: taught, seed 3: missing" in output
     assert (tmp_path / "failed" / "tiny" / "comparison" / "comparison.html").exists()
+
+
+def finished_cell(path, *overrides):
+    """Leave the first cell of a study as its training would have, with other settings where some are given."""
+    study = load_study(path)
+    config = load_config(study.config, *cells(study)[0].overrides, *overrides)
+    config.folder.mkdir(parents=True)
+    (config.folder / "config.yaml").write_text(dump_config(config))
+    row = {"exit": 1, "multiply_adds": 10**6, "parameters": 1000, "top1": 0.5, "top5": 1.0, "loss": 0.5}
+    report = {"format": 1, "step": 30, "images": 360, "unreadable": 0, "exits": [row]}
+    (config.folder / "report.json").write_text(json.dumps(report))
 
 
 @pytest.mark.parametrize(
@@ -114,21 +130,20 @@ def test_a_wrong_study_is_one_line_before_anything_starts(study_file, tmp_path, 
     assert not (tmp_path / "wrong").exists()
 
 
-def test_a_cell_trained_with_other_settings_is_refused(study_file, tmp_path, capsys):
+def test_a_cell_trained_with_other_settings_is_refused(study_file, capsys):
     path = study_file("other")
-    cell = cells(load_study(path))[0]
-    folder = tmp_path / "other" / "tiny" / cell.name
-    folder.mkdir(parents=True)
-    from dist_train.config_file import dump_config, load_config
-
-    config = load_config(load_study(path).config, *cell.overrides, "--optim.lr", "0.3")
-    (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "report.json").write_text("{}")
+    finished_cell(path, "--optim.lr", "0.3")
     assert cli.run(["study", str(path)]) == 2
     assert (
         "cell alone-seed3 was trained with optim.lr 0.3, not 0.1; give the study another name"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(("name", "number"), [("digits", 12), ("cifar10", 60), ("imagenet", 7)])
+def test_shipped_studies_have_valid_cells(request, name, number):
+    study = load_study(request.config.rootpath / "configs" / f"study_{name}.yaml")
+    assert len({cell.name for cell in cells(study)}) == number
 
 
 def test_axes_multiply_and_values_are_named_after_their_field(study_file):
