@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_train.checkpoint import load_model
     from dist_train.config_file import load_config
-    from dist_train.evaluation import evaluate
     from dist_train.loss import ExitDistillation
     from dist_train.models.msdnet import MSDNet
     from dist_train.planner import plan
+    from dist_train.report.evaluate import evaluate
     from dist_train.trainer import train
 
 # Imported when first used: `dist-train --help` must not wait for torch.
 _HOMES = {
     "ExitDistillation": "dist_train.loss",
     "MSDNet": "dist_train.models.msdnet",
-    "evaluate": "dist_train.evaluation",
+    "evaluate": "dist_train.report.evaluate",
     "load_config": "dist_train.config_file",
     "load_model": "dist_train.checkpoint",
     "plan": "dist_train.planner",
