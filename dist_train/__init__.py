@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_train.checkpoint import load_model
     from dist_train.config_file import load_config
-    from dist_train.evaluation import evaluate
     from dist_train.loss import ExitDistillation
     from dist_train.models.exits import attach_exits
     from dist_train.models.msdnet import MSDNet
     from dist_train.planner import plan
     from dist_train.prediction import predict
+    from dist_train.report.evaluate import evaluate
     from dist_train.trainer import train
 
 # Imported when first used: `dist-train --help` must not wait for torch.
@@ -24,7 +24,7 @@ _HOMES = {
     "ExitDistillation": "dist_train.loss",
     "MSDNet": "dist_train.models.msdnet",
     "attach_exits": "dist_train.models.exits",
-    "evaluate": "dist_train.evaluation",
+    "evaluate": "dist_train.report.evaluate",
     "load_config": "dist_train.config_file",
     "load_model": "dist_train.checkpoint",
     "plan": "dist_train.planner",

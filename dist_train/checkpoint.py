@@ -42,6 +42,8 @@ FIXED = (
     "model.", "seed", "data.image_size", "data.window", "data.last_batch", "data.labeled_share", "data.class_balanced",
     "data.repeats", "train.global_batch", "optim.name",
 )  # fmt: skip
+# What a folder of weights holds, at least.
+WEIGHTS = ("model.safetensors", "config.yaml", "state.json")
 log = logging.getLogger("dist_train")
 
 
@@ -190,14 +192,21 @@ def read(path: Path) -> Snapshot:
 def resolve(path: str | Path) -> Path:
     """The checkpoint that a path means: itself, or the best, else the latest, of a run folder.
 
+    A folder of weights will do as well: what is needed of a checkpoint to run its network, without a manifest.
+
     Raises:
         CheckpointError: there is none.
     """
     path = Path(path)
     for candidate in (path, path / "checkpoints" / "best", path / "checkpoints" / "latest"):
-        if (candidate / "manifest.json").is_file():
+        if (candidate / "manifest.json").is_file() or all((candidate / name).is_file() for name in WEIGHTS):
             return candidate.resolve()
     raise CheckpointError(f"{path}: no checkpoint here; give a run folder, or one of its checkpoints/step-*")
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder of a resolved checkpoint; a folder of weights elsewhere is its own."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def load_model(path: str | Path, weights: str = "evaluated") -> nn.Module:
@@ -213,7 +222,8 @@ def load_model(path: str | Path, weights: str = "evaluated") -> nn.Module:
     from dist_train.models import build_model
 
     path = resolve(path)
-    verify(path)
+    if (path / "manifest.json").is_file():
+        verify(path)
     config = load_config(path / "config.yaml")
     classes = _json(path / "state.json")["classes"]
     model = build_model(config.model, len(classes), config.data.image_size)

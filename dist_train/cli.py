@@ -16,7 +16,7 @@ from dist_train.errors import TrainingError, UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
-BENCHES = ("compare", "data", "loss", "order", "shards", "start", "step")
+BENCHES = ("compare", "data", "eval", "loss", "order", "shards", "start", "step")
 """What `bench` can measure: each is a module of dist_train.bench with a function run(arguments), which gives the exit code."""
 
 DESCRIPTION = """\
@@ -24,13 +24,13 @@ Distributed training of multi-exit image classifiers by distillation.
 
   dist-train plan CONFIG     what a run would do: costs, steps, memory, learning rate, data; trains nothing
   dist-train train CONFIG    train; the same command again goes on where it ended
-  dist-train eval RUN        accuracy of every exit of a run or checkpoint, each image once
+  dist-train eval RUN        accuracy of every exit and at every budget, each image once; a report
   dist-train compare RUN RUN put runs side by side: settings, accuracy per exit, cost, curves
   dist-train study STUDY     train a grid of runs, go on where it ended, and compare them
   dist-train sync RUN        send MLflow what it missed of a run while its server was away
   dist-train predict RUN IMAGES...   class, confidence and exit of image files, stopping early
   dist-train convert FILE OUTPUT     a public MSDNet checkpoint as one of ours
-  dist-train bench WHAT      measure this machine: compare, data, loss, order, shards, start, step
+  dist-train bench WHAT      measure this machine: compare, data, eval, loss, order, shards, start, step
   dist-train doctor          what is installed and what this machine can do
 
 Any field of CONFIG can be overridden: --section.key value.  `dist-train train --help` lists them.
@@ -105,18 +105,37 @@ def _train(arguments: list[str]) -> int:
 
 def _eval(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "dist-train eval", description="Evaluate every exit on every image of a split, once."
+        "dist-train eval",
+        description="Accuracy of every exit, each image of a split once, and at any budget; writes report.json, report.html "
+        "and report/ into the run folder and to MLflow. Several processes: python -m launch.local -n 2 eval RUN",
     )
-    parser.add_argument("run", help="run folder (its best checkpoint), or one of its checkpoints")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder (its best checkpoint), a checkpoint, or a folder of weights"
+    )
     parser.add_argument("--split", help="split of the shards (default: the run's data.val)")
-    parser.add_argument("--shards", help="folder of the shards (default: the run's)")
+    parser.add_argument("--shards", metavar="FOLDER", help="folder of the shards (default: the run's)")
+    parser.add_argument(
+        "--calibration", metavar="SPLIT", help="split that thresholds are fitted on (default: data.val where another split "
+        "is tested, else half of the split, as many images of every class)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budgets", metavar="B,B,...", help="average multiply-adds per image to show, such as 12e6,2e7"
+    )
+    parser.add_argument("--clamp", action="store_true", help="move budgets out of range to its ends")
+    parser.add_argument("--milliseconds", action="store_true", help="also budgets in measured time, an image at a time")
+    parser.add_argument("--out", metavar="FOLDER", help="folder to write to (default: the run folder)")
     known = parser.parse_args(arguments)
-    from dist_train.evaluation import evaluate, table
-    from dist_train.planner import costs_of
+    from dist_train.report.evaluate import evaluate
+    from dist_train.report.output import check_writable, log_to_run, parse_budgets, summary, write
 
-    evaluation = evaluate(known.run, known.split, known.shards)
+    budgets = parse_budgets(known.budgets)
+    check_writable(known.run, known.out)
+    report = evaluate(known.run, known.split, known.shards, known.calibration, known.milliseconds)
+    shown = report.budgeted(budgets, clamp=known.clamp) if budgets else None
     if os.environ.get("RANK", "0") == "0":
-        print(table(evaluation, costs_of(known.run)))
+        print(summary(report, shown))
+        files = write(report, known.out)
+        print("\n".join(log_to_run(report, files, known.out)))
     return 0
 
 

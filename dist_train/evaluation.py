@@ -1,18 +1,18 @@
-"""Evaluation: every image of a split exactly once on any number of ranks, every exit on every image."""
+"""Evaluation during training: sums over every image of a split exactly once, on any number of ranks."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from dist_train.dist import Group, Ranks
+from dist_train.dist import Group
 from dist_train.engine import autocast
 from dist_train.loss import ExitDistillation, ExitStats
 from dist_train.metrics import exit_metrics
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dist_train.data.pipeline import Loader
     from dist_train.models.cost import ExitCost
 
-REPORT_FORMAT = 1
+REPORT_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -102,49 +102,6 @@ class Evaluator:
         return Evaluation(results, int(stats.labeled), int(totals[-1]))
 
 
-def evaluate(path: str | Path, split: str | None = None, shards: str | Path | None = None) -> Evaluation:
-    """Evaluate a run (its best checkpoint) or one checkpoint on all ranks of the environment.
-
-    Args:
-        path: run folder, or a folder ``checkpoints/step-N``.
-        split: split of the shards (default: the run's ``data.val``).
-        shards: folder of the shards (default: the run's).
-
-    Raises:
-        UserError: no such checkpoint or split, or shards of other classes.
-    """
-    from dist_train import checkpoint
-    from dist_train.config import DataConfig
-    from dist_train.data.pipeline import Loader
-    from dist_train.errors import DataError
-    from dist_train.preflight import open_split
-
-    path = checkpoint.resolve(path)
-    state, config = checkpoint.read_state(path)
-    data = DataConfig.model_validate(config.data.model_dump() | ({"shards": shards} if shards else {}))
-    split = split or data.val
-    index = open_split(data, split)
-    if list(index.classes) != state.classes:
-        raise DataError(
-            f"{data.shards}/{split}: its classes are not those of {path}; evaluate on shards of the same classes"
-        )
-    ranks = Ranks.from_env()
-    model = checkpoint.load_model(path)
-    group = Group(ranks, config.faults.group_minutes)
-    loader = Loader(
-        index, data.location(split), data, train=False, seed=config.seed, global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size, device=group.device,
-        threads=data.threads or ranks.threads,
-    )  # fmt: skip
-    try:
-        criterion = ExitDistillation.from_config(config.loss, cast(int, model.num_exits)).to(group.device)
-        result = Evaluator(model, loader, group, criterion, config.train.precision).run()
-        assert result is not None
-        return result
-    finally:
-        loader.close()
-
-
 def table(evaluation: Evaluation, costs: Sequence[ExitCost]) -> str:
     """A text table with one line per exit: multiply-adds, top-1, top-5."""
     lines = [f"{'exit':>4}  {'multiply-adds':>13}  {'top-1 %':>7}  {'top-5 %':>7}"]
@@ -155,15 +112,26 @@ def table(evaluation: Evaluation, costs: Sequence[ExitCost]) -> str:
     return "\n".join([*lines, f"{evaluation.images} images, each once" + _unreadable(evaluation)])
 
 
-def write_report(path: Path, evaluation: Evaluation, costs: Iterable[ExitCost], step: int) -> None:
-    """Write ``report.json``: one object per exit, with its cost in multiply-adds, whole or not at all."""
+def write_report(
+    path: Path, evaluation: Evaluation, costs: Mapping[str, Sequence[float]], step: int, split: str
+) -> None:
+    """Write training's ``report.json``, whole or not at all; :mod:`dist_train.report.report` describes its format.
+
+    Args:
+        path: the file.
+        evaluation: what was measured, on ``split`` after ``step`` updates.
+        costs: per kind of cost, that of every exit, see :func:`dist_train.models.cost.cost_columns`.
+    """
     exits = [
-        {"exit": number, "multiply_adds": cost.macs, "parameters": cost.params, **asdict(result)}
-        for number, (result, cost) in enumerate(zip(evaluation.exits, costs), start=1)
+        {"exit": number, **{name: values[number - 1] for name, values in costs.items()}, **asdict(result)}
+        for number, result in enumerate(evaluation.exits, start=1)
     ]
-    report = {"format": REPORT_FORMAT, "step": step, "images": evaluation.images, "unreadable": evaluation.unreadable}
+    report = {
+        "format": REPORT_FORMAT, "step": step, "split": split,
+        "images": evaluation.images, "unreadable": evaluation.unreadable, "exits": exits,
+    }  # fmt: skip
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(report | {"exits": exits}, indent=1))
+    draft.write_text(json.dumps(report, indent=1))
     os.replace(draft, path)
 
 

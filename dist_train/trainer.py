@@ -26,7 +26,7 @@ from dist_train.evaluation import Evaluation, Evaluator, table, write_report
 from dist_train.health import NonFinite, StopRequests
 from dist_train.loss import ExitDistillation
 from dist_train.metrics import Meter, MetricsFile, Stopwatch
-from dist_train.models.cost import exit_costs
+from dist_train.models.cost import cost_columns, exit_costs
 from dist_train.optim import learning_rate
 from dist_train.preflight import Preflight, preflight
 from dist_train.progress import Display, set_up_logging
@@ -450,7 +450,8 @@ class Trainer:
     def _report(self, evaluation: Evaluation) -> None:
         folder = self.config.folder
         try:
-            write_report(folder / "report.json", evaluation, self.costs, self.position.step)
+            costs = cost_columns(self.evaluator.model, self.config.data.image_size)
+            write_report(folder / "report.json", evaluation, costs, self.position.step, self.config.data.val)
         except OSError as error:
             self._say_once(f"{folder / 'report.json'}: cannot be written ({error.strerror})")
         log.info("\n%s\n\nrun folder  %s", table(evaluation, self.costs), folder)

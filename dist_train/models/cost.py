@@ -65,6 +65,19 @@ def exit_costs(
         return [counter.cost_of(logits) for logits in multi_exit(images)]
 
 
+def cost_columns(network: nn.Module, image_size: int) -> dict[str, list[float]]:
+    """What a report says of the cost of every exit, by name: multiply-adds in the three ways of counting, parameters."""
+    macs = exit_costs(network, image_size)
+    public = exit_costs(network, image_size, "msdnet_pytorch")
+    lazy = exit_costs(network, image_size, lazy=True)
+    return {
+        "multiply_adds": [cost.macs for cost in macs],
+        "multiply_adds_public": [cost.macs for cost in public],
+        "multiply_adds_lazy": [cost.macs for cost in lazy],
+        "parameters": [cost.params for cost in macs],
+    }
+
+
 def measure_exits(network: nn.Module, image_size: int, batch: int, repeats: int = 20) -> list[ExitTime]:
     """Time from the images to each exit's logits with ``iter_exits``, on the network's device, after one warm-up pass."""
     parameter = next(network.parameters())

@@ -154,9 +154,3 @@ def test_axes_multiply_and_values_are_named_after_their_field(study_file):
         ("alone, lr 0.02", "alone, lr 0.1", 0),
         ("alone, lr 0.02", "alone, lr 0.1", 1),
     ]
-
-
-@pytest.mark.parametrize("name", ["study_digits.yaml", "study_cifar10.yaml", "study_imagenet.yaml"])
-def test_every_cell_of_a_shipped_study_is_a_valid_run_of_its_own(name, request):
-    grid = cells(load_study(request.config.rootpath / "configs" / name))
-    assert len({cell.name for cell in grid}) == len(grid) > 1

@@ -1,0 +1,63 @@
+"""How far an exit's confidence can be taken at its word: calibration error, and the temperature that mends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from dist_train.report.samples import TEMPERATURES, Samples
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Mean confidence, accuracy and share of the images of every bin that is not empty, from unsure to sure."""
+
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    share: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: mean over the images of |accuracy - confidence| of their bin."""
+        return float((self.share * np.abs(self.accuracy - self.confidence)).sum())
+
+
+def reliability(confidence: NDArray[np.float32], right: NDArray[np.bool_], bins: int = BINS) -> Reliability:
+    """Bins of equal mass (Nguyen & O'Connor, EMNLP 2015); images of the same confidence are never parted.
+
+    Args:
+        confidence: largest probability, [N].
+        right: whether the prediction is right, [N].
+        bins: how many; ties can leave some of them empty.
+    """
+    images = len(confidence)
+    # A tie group goes where its middle is.
+    places = ((rankdata(confidence, method="average") - 0.5) * bins / images).astype(np.int64).clip(0, bins - 1)
+    counts = np.bincount(places, minlength=bins)
+    filled = counts > 0
+    sums = [np.bincount(places, weights=values.astype(np.float64), minlength=bins) for values in (confidence, right)]
+    means = [total[filled] / counts[filled] for total in sums]
+    return Reliability(means[0], means[1], counts[filled] / images)
+
+
+def fit_temperatures(samples: Samples) -> NDArray[np.int64]:
+    """Place in TEMPERATURES, per exit [M], of the lowest mean cross-entropy (Guo et al., ICML 2017, section 4.2)."""
+    losses = samples["scaled_loss"].mean(axis=0, dtype=np.float64)
+    places: NDArray[np.int64] = losses.argmin(axis=1)
+    return places
+
+
+def temperatures_at(places: NDArray[np.int64]) -> list[float]:
+    """The temperatures at these places."""
+    return [TEMPERATURES[place] for place in places]
+
+
+def scaled_confidence(samples: Samples, places: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Largest probability at every exit's temperature, float32 [N, M]."""
+    scaled: NDArray[np.float32] = samples["scaled_max_probability"][:, np.arange(samples.exits), places]
+    return scaled

@@ -1,0 +1,106 @@
+"""The report as one HTML file with everything inside, which opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from dist_train.report.plots import Picture
+from dist_train.report.report import Report
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1.5rem }
+h1 { font-size: 1.5rem; margin-bottom: .3rem } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #d8d8d8; white-space: nowrap }
+th { border-bottom: 2px solid #777 } th:first-child, td:first-child { text-align: left; padding-left: 0 }
+td.name, th.name { text-align: left } img { width: 100%; max-width: 56rem; height: auto; display: block; margin: .6rem 0 }
+p.words, footer { color: #505050; font-size: .88rem; margin: .2rem 0 } section { break-inside: avoid }
+@media print { body { margin: 0; max-width: none; font-size: 10pt } .scroll { overflow: visible } td, th { padding: .15rem .4rem } }
+"""
+
+
+def page(report: Report, pictures: Sequence[Picture]) -> str:
+    """The whole page: exits, budgets, pictures, confusions."""
+    title = html.escape(f"{report.folder.name}: {report.split}")
+    lost = f", {report.unreadable} unreadable ones not counted" if report.unreadable else ""
+    facts = f"{report.checkpoint.name}, step {report.step}, {report.images} images of {report.split}, each once{lost}"
+    parts = [
+        f"<h1>{title}</h1><p class=words>{html.escape(facts)}</p>",
+        *(f"<p class=words>{html.escape(note)}</p>" for note in report.notes),
+        _section("Every exit", "All images leave at the exit; in brackets the 95 % interval.", _exits(report)),
+    ]
+    if report.calibration is not None:
+        words = "Optimal thresholds on the largest probability; a budget is multiply-adds per image on average."
+        parts.append(_section("At a budget", words, _budgets(report)))
+    for picture in pictures:
+        source = base64.b64encode(picture.png).decode()
+        image = f'<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{source}">'
+        parts.append(_section(picture.title, picture.words, image))
+    if report.diagnostics.confusions:
+        words = "Images of a class that the exit takes for another; most at the last exit first."
+        parts.append(_section("Classes confused most", words, _confusions(report)))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _exits(report: Report) -> str:
+    rows = []
+    for m, (one, joint) in enumerate(zip(report.exits, report.ensemble)):
+        rows.append(
+            [
+                m + 1, *_costs(report, m), _accuracy(one.top1, one.top1_interval), f"{100 * one.top5:.2f}",
+                f"{one.loss:.4f}", f"{100 * one.ece:.2f}", _accuracy(joint.top1, joint.top1_interval), f"{100 * joint.ece:.2f}",
+            ]
+        )  # fmt: skip
+    time = ["ms"] if "milliseconds" in report.costs else []
+    head = ["exit", "multiply-adds", "public count", "lazy", "parameters", *time, "top-1 %", "top-5 %", "loss", "ECE %"]
+    return _table([*head, "with all before: top-1 %", "ECE %"], rows)
+
+
+def _costs(report: Report, m: int) -> list[str]:
+    counts = ("multiply_adds", "multiply_adds_public", "multiply_adds_lazy", "parameters")
+    texts = [f"{report.costs[name][m] / 1e6:.2f} M" for name in counts]
+    return texts + ([f"{report.costs['milliseconds'][m]:.2f}"] if "milliseconds" in report.costs else [])
+
+
+def _budgets(report: Report) -> str:
+    points = report.sweeps[0].points
+    # Ten of a sweep are enough for a table.
+    chosen = sorted({round(place * (len(points) - 1) / 9) for place in range(10)})
+    rows = [
+        [f"{point.budget / 1e6:.2f} M", f"{point.cost / 1e6:.2f} M", _accuracy(point.top1, point.top1_interval)]
+        + [f"{100 * share:.1f}" for share in point.shares]
+        for point in (points[place] for place in chosen)
+    ]
+    leave = [f"exit {m} %" for m in range(1, len(report.exits) + 1)]
+    return _table(["budget", "spent", "top-1 %", *leave], rows)
+
+
+def _confusions(report: Report) -> str:
+    classes = report.index.classes
+    rows = [[classes[true], classes[taken], *images] for true, taken, images in report.diagnostics.confusions]
+    return _table(["class", "taken for", *(f"exit {m}" for m in range(1, len(report.exits) + 1))], rows, names=2)
+
+
+def _accuracy(value: float, interval: tuple[float, float]) -> str:
+    return f"{100 * value:.2f} ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
+
+
+def _section(title: str, words: str, content: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2><p class=words>{html.escape(words)}</p>{content}</section>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], names: int = 1) -> str:
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        kinds = ["class=name" if place < names else "" for place in range(len(cells))]
+        return (
+            "<tr>" + "".join(f"<{tag} {kind}>{html.escape(str(c))}</{tag}>" for kind, c in zip(kinds, cells)) + "</tr>"
+        )
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<div class=scroll><table>{line('th', head)}{body}</table></div>"
