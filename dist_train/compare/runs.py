@@ -76,9 +76,10 @@ def read_folder(folder: str | Path) -> RunData:
     folder = Path(folder)
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text())
-        assert isinstance(tree, dict)
-    except (OSError, yaml.YAMLError, AssertionError):
-        raise DataError(f"{folder}: holds no readable config.yaml; give run folders, such as runs/NAME") from None
+    except (OSError, yaml.YAMLError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise DataError(f"{folder}: holds no readable config.yaml; give run folders, such as runs/NAME")
     series: dict[str, Series] = {}
     if (folder / "metrics.jsonl").exists():
         for entry in read_metrics(folder / "metrics.jsonl"):
