@@ -15,7 +15,7 @@ from dist_train.errors import TrainingError, UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
-BENCHES = ("loss", "step")
+BENCHES = ("loss", "model", "step")
 """What `bench` can measure: each is a module of dist_train.bench with a function run(arguments), which gives the exit code."""
 
 DESCRIPTION = """\
@@ -26,7 +26,7 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train eval RUN        accuracy of every exit of a run or checkpoint, each image once
   dist-train predict RUN IMAGES...   class, confidence and exit of image files, stopping early
   dist-train convert FILE OUTPUT     a public MSDNet checkpoint as one of ours
-  dist-train bench WHAT      measure this machine: loss, step
+  dist-train bench WHAT      measure this machine: loss, model, step
   dist-train doctor          what is installed and what this machine can do
 
 Any field of CONFIG can be overridden: --section.key value.  `dist-train train --help` lists them.

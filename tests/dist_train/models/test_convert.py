@@ -42,7 +42,15 @@ def files(tmp_path: Path) -> Path:
 
 
 def convert(folder: Path, file: str, output: str, *more: Any) -> int:
-    words = [folder / file, folder / output, "--repository", "msdnet_pytorch", "--arguments", folder / "args.yaml", *more]
+    words = [
+        folder / file,
+        folder / output,
+        "--repository",
+        "msdnet_pytorch",
+        "--arguments",
+        folder / "args.yaml",
+        *more,
+    ]
     return cli.run(["convert", *map(str, words)])
 
 
@@ -52,7 +60,9 @@ def test_a_converted_folder_gives_their_logits(files: Path, file: str, digits: P
     network = load_model(files / "ours")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        for expected, logits in zip(load_msdnet_pytorch(ARGS, their_weights()).eval()(images), network(images), strict=True):
+        for expected, logits in zip(
+            load_msdnet_pytorch(ARGS, their_weights()).eval()(images), network(images), strict=True
+        ):
             torch.testing.assert_close(logits, expected, rtol=0, atol=0)
     state = json.loads(next(files.glob("ours/checkpoints/step-*/state.json")).read_text())
     assert state["classes"] == list(Index.load(digits / "val").classes)
