@@ -16,7 +16,7 @@ from dist_train.errors import TrainingError, UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
-BENCHES = ("compare", "data", "eval", "loss", "order", "shards", "start", "step")
+BENCHES = ("compare", "data", "eval", "loss", "model", "order", "shards", "start", "step")
 """What `bench` can measure: each is a module of dist_train.bench with a function run(arguments), which gives the exit code."""
 
 DESCRIPTION = """\
@@ -30,7 +30,7 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train sync RUN        send MLflow what it missed of a run while its server was away
   dist-train predict RUN IMAGES...   class, confidence and exit of image files, stopping early
   dist-train convert FILE OUTPUT     a public MSDNet checkpoint as one of ours
-  dist-train bench WHAT      measure this machine: compare, data, eval, loss, order, shards, start, step
+  dist-train bench WHAT      measure this machine: compare, data, eval, loss, model, order, shards, start, step
   dist-train doctor          what is installed and what this machine can do
 
 Any field of CONFIG can be overridden: --section.key value.  `dist-train train --help` lists them.

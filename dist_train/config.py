@@ -117,11 +117,14 @@ class DataConfig(Section):
         return self
 
 
+_OF_ALL_NETWORKS = ("name", "exits", "options", "pooling", "pretrained", "regime", "heads_epochs")
+
+
 class ModelConfig(Section):
     """The multi-exit network."""
 
     name: str = "msdnet"
-    """msdnet, resnet, or module:function, a function of your own called as f(num_classes) that returns a network."""
+    """msdnet, resnet, timm/NAME, torchvision/NAME, transformers/CONFIG_CLASS or /MODEL, or module:function, your own f(num_classes)."""
     exits: Positive | tuple[str, ...] = 7
     """Number of exits (msdnet), or the submodules after which exits are attached; the network's end is one more exit."""
     scales: Positive = 3
@@ -158,17 +161,40 @@ class ModelConfig(Section):
     """Channels of the first stage (resnet)."""
     norm: Literal["batch", "group"] = "batch"
     """Normalisation (resnet)."""
+    options: dict[str, Any] = {}
+    """Further arguments of the network, or fields of its configuration class (timm, torchvision, transformers, module:function)."""
+    pooling: Literal["mean", "class_token"] = "mean"
+    """What an exit on tokens [N, T, C] classifies: their mean, or the first (not msdnet)."""
+    pretrained: bool | Path | None = None
+    """Weights to start from: a file (safetensors, or torch's without code), or true for the library's own; exits may be missing."""
+    regime: Literal["joint", "heads_only", "mixed"] = "joint"
+    """joint trains everything, heads_only only the exits, mixed first the exits and then everything."""
+    heads_epochs: Natural = 0
+    """Epochs in which mixed trains the exits alone; the backbone's weights and batch statistics stay as they are."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.name not in ("msdnet", "resnet") and ":" not in self.name:
-            raise ValueError(f"name is {self.name!r}; use msdnet, resnet, or module:function")
+        named = self.name.startswith(("timm/", "torchvision/", "transformers/"))
+        if self.name not in ("msdnet", "resnet") and ":" not in self.name and not named:
+            raise ValueError(
+                f"name is {self.name!r}; use msdnet, resnet, timm/NAME, torchvision/NAME, transformers/NAME, or module:function"
+            )
+        if self.pretrained is True and not named:
+            raise ValueError(f"pretrained is true, which needs a network of a library, not {self.name}; give a file")
+        if self.options and self.name in ("msdnet", "resnet"):
+            raise ValueError(
+                f"options are for networks of a library or of your own, but name is {self.name}; leave them out"
+            )
+        if (self.regime == "mixed") != bool(self.heads_epochs):
+            raise ValueError(
+                f"regime is {self.regime} and heads_epochs is {self.heads_epochs}; mixed needs 1 or more, others none"
+            )
         if (self.name == "msdnet") != isinstance(self.exits, int):
             wanted = "a number" if self.name == "msdnet" else 'names of submodules, such as ["stages.0", "stages.1"]'
             raise ValueError(f"exits is {self.exits!r}; for {self.name} it is {wanted}")
         for key, field in type(self).model_fields.items():
             owner = "resnet" if key in ("blocks", "width", "norm") else "msdnet"
-            if key not in ("name", "exits") and owner != self.name and getattr(self, key) != field.default:
+            if key not in _OF_ALL_NETWORKS and owner != self.name and getattr(self, key) != field.default:
                 raise ValueError(f"{key} is a setting of {owner}, but name is {self.name}; leave it out")
         return self
 

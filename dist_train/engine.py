@@ -16,6 +16,7 @@ from torch import nn
 from dist_train.config import Config, accumulation
 from dist_train.dist import Group
 from dist_train.errors import ConfigError
+from dist_train.models.parts import exit_parts, is_in
 from dist_train.optim import AveragedWeights, build_optimizer, state_names
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,10 +44,13 @@ class Engine:
         model = model.to(group.device)
         if config.train.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        optimizer = build_optimizer(model, config.optim)
+        # Parts that may train alone: decided here once, so that what ZeRO shares out is the same in every epoch.
+        self._exits = exit_parts(model) if config.model.regime != "joint" else ()
+        optimizer = build_optimizer(model, config.optim, self._exits)
         self._deepspeed = _initialize(model, optimizer, config, group)
         self.model = model
         self._names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._frozen = False
         self._materialize_optimizer_state()
         if config.train.compile:
             self._deepspeed.compile()
@@ -54,6 +58,28 @@ class Engine:
         if config.optim.ema is not None:
             with self._whole_parameters():
                 self.averages = AveragedWeights(model.state_dict(), config.optim.ema)
+
+    def train_mode(self, epoch: int) -> None:
+        """Training mode for an epoch: all of the network, or by ``model.regime`` its exits alone.
+
+        A backbone that is frozen gets no gradient, no weight decay and no momentum, and its batch norms and dropouts are
+        in evaluation mode.
+        """
+        self.model.train()
+        if not self._exits:
+            return
+        regime, heads_epochs = self.config.model.regime, self.config.model.heads_epochs
+        self._frozen = regime == "heads_only" or epoch < heads_epochs
+        for name, module in self.model.named_modules():
+            if name and not is_in(name, self._exits):
+                module.training = not self._frozen
+        for name, parameter in self._names.items():
+            if not is_in(name, self._exits):
+                parameter.requires_grad_(not self._frozen)
+        for optimizer in (self._deepspeed.optimizer, self._deepspeed.basic_optimizer):
+            for parameters in optimizer.param_groups:
+                if "backbone_decay" in parameters:
+                    parameters["weight_decay"] = 0.0 if self._frozen else parameters["backbone_decay"]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of all exits, M tensors [N, K] in the autocast dtype, for images [N, 3, H, W]."""
@@ -150,6 +176,11 @@ class Engine:
         self.averages.updates = updates
 
     def _plain_update(self) -> Update:
+        if self._frozen:
+            # As at the other stages: a parameter without a gradient counts the update, and nothing else.
+            for parameter in self._names.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         # Without ZeRO, DeepSpeed would write a gradient that is not finite into the weights.
         gradients = [p.grad for p in self._names.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -209,7 +240,12 @@ class Engine:
             return cast(torch.Tensor, self._deepspeed.basic_optimizer.state[parameter][key])
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return cast(torch.Tensor, safe_get_full_optimizer_state(parameter, key))
+        trains = parameter.requires_grad
+        parameter.requires_grad_()  # at stage 3 DeepSpeed has no state of a parameter that is frozen for now
+        try:
+            return cast(torch.Tensor, safe_get_full_optimizer_state(parameter, key))
+        finally:
+            parameter.requires_grad_(trains)
 
     def _set_state(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
         if self.stage == 0:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from dist_train.config import OptimConfig
+from dist_train.models.parts import is_in
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters that train; norms and biases are not decayed unless ``decay_all``."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # Norm scales, norm shifts and biases are the one-dimensional parameters.
-            (decayed if config.decay_all or parameter.ndim > 1 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+def build_optimizer(model: nn.Module, config: OptimConfig, exits: tuple[str, ...] = ()) -> torch.optim.Optimizer:
+    """SGD or AdamW over the parameters that train; norms and biases are not decayed unless ``decay_all``.
+
+    Where ``exits`` names the parts of a network that may train alone, the others are groups of their own, with the decay
+    that they have when they train under ``backbone_decay``.
+    """
+    groups: list[dict[str, Any]] = []
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for alone in (True, False) if exits else (False,):
+        chosen = [parameter for name, parameter in named if is_in(name, exits) == alone]
+        # Norm scales, norm shifts and biases are the one-dimensional parameters.
+        decayed = [parameter for parameter in chosen if config.decay_all or parameter.ndim > 1]
+        plain = [parameter for parameter in chosen if not (config.decay_all or parameter.ndim > 1)]
+        for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
+            if parameters:
+                backbone = {"backbone_decay": decay} if exits and not alone else {}
+                groups.append({"params": parameters, "weight_decay": decay, **backbone})
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     return torch.optim.SGD(

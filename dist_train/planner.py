@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +158,7 @@ def _lead_time(config: Config) -> str | None:
 
 def activation_bytes(config: Config, num_classes: int) -> int:
     """Bytes that autograd keeps for the backward pass of one micro batch, traced without computing or allocating anything."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
     train = config.train
     kept: dict[int, int] = {}
@@ -169,8 +170,12 @@ def activation_bytes(config: Config, num_classes: int) -> int:
         held.append(storage)  # or its address would be given to the next one
         return tensor
 
-    with FakeTensorMode():
-        network = build_model(config.model, num_classes, config.data.image_size).train()
+    # Built with values, because some libraries compute with them when they build a network.
+    network = build_model(config.model, num_classes, config.data.image_size).train()
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        network = copy.deepcopy(network)
+    with fake:
         images = torch.empty(train.micro_batch, 3, config.data.image_size, config.data.image_size)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", AUTOCAST.get(train.precision), enabled=train.precision != "fp32"):

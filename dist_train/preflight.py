@@ -42,7 +42,7 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
     Raises:
         UserError: the first thing that is wrong, in one line.
     """
-    from dist_train.models import build_model
+    from dist_train.models import build_model, load_pretrained
 
     check_device(config, ranks.device)
     passes = accumulation(config.train, ranks.world_size)
@@ -62,6 +62,8 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
     _check_writable(config.folder)
     latest = config.folder / "checkpoints" / "latest"
     resume = latest if latest.exists() else None
+    if not resume:
+        load_pretrained(model, config.model)
     changes = check_continues(latest.resolve(), config, train.fingerprint, len(train.classes)) if resume else []
     return Preflight(train, val, model, passes, steps, resume, changes)
 

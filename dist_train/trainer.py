@@ -169,7 +169,7 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train to the end of the epoch; true if the run must stop now."""
         epoch, start = divmod(self.position.batch, self.steps_per_epoch)
-        self.engine.model.train()
+        self.engine.train_mode(epoch)
         for batch in self.loader.epoch(epoch, start_batch=start):
             self._train_step(batch)
             if self.position.batch % self.config.tracking.log_every == 0:

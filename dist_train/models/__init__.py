@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator
-from typing import Protocol
+from collections.abc import Generator, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -12,9 +12,14 @@ from dist_train.config import ModelConfig
 from dist_train.errors import ConfigError
 from dist_train.models.exits import AttachedExits, attach_exits
 from dist_train.models.msdnet import MSDNet
+from dist_train.models.named import LIBRARIES, build_named, library_weights
 from dist_train.models.resnet import ResNet
+from dist_train.models.weights import load_backbone, read_weights
 
-__all__ = ["AttachedExits", "MSDNet", "MultiExitNetwork", "ResNet", "attach_exits", "build_model"]
+__all__ = ["AttachedExits", "MSDNet", "MultiExitNetwork", "ResNet", "attach_exits", "build_model", "load_pretrained"]
+
+NOT_MSDNET = {"name", "blocks", "width", "norm", "options", "pooling", "pretrained", "regime", "heads_epochs"}
+"""Fields of the section ``model`` that are no arguments of MSDNet."""
 
 LARGE_IMAGES = 96
 """From this image size on, in pixels, MSDNet's stem is the one for large images."""
@@ -48,23 +53,38 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         ConfigError: values that do not fit together, or an image size that the network cannot take.
     """
     if isinstance(config.exits, int):
-        arguments = config.model_dump(exclude={"name", "blocks", "width", "norm"})
+        arguments = config.model_dump(exclude=NOT_MSDNET)
         arguments["stem"] = config.stem or (32 if image_size < LARGE_IMAGES else 224)
         network = MSDNet(num_classes, **arguments)
         network.check_image_size(image_size)
         return network
     if config.name == "resnet":
         backbone: nn.Module = ResNet(num_classes, blocks=config.blocks, width=config.width, norm=config.norm)
+    elif config.name.startswith(tuple(f"{library}/" for library in LIBRARIES)):
+        backbone = build_named(config.name, num_classes, image_size, config.options)
     else:
-        backbone = _call_by_name(config.name, num_classes)
-    return attach_exits(backbone, config.exits, num_classes, image_size=image_size)
+        backbone = _call_by_name(config.name, num_classes, config.options)
+    return attach_exits(backbone, config.exits, num_classes, head=config.pooling, image_size=image_size)
 
 
-def _call_by_name(name: str, num_classes: int) -> nn.Module:
+def load_pretrained(model: nn.Module, config: ModelConfig) -> None:
+    """Put the weights that ``model.pretrained`` names into a network of :func:`build_model`.
+
+    Raises:
+        ConfigError: the library has none.
+        CheckpointError: the file is not weights, or they do not fit.
+    """
+    if config.pretrained is True:
+        load_backbone(model, library_weights(config.name, config.options), config.name)
+    elif config.pretrained:
+        load_backbone(model, read_weights(config.pretrained), str(config.pretrained))
+
+
+def _call_by_name(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
     """Call ``module:function`` with the number of classes."""
     module, _, function = name.partition(":")
     try:
-        network = getattr(importlib.import_module(module), function)(num_classes)
+        network = getattr(importlib.import_module(module), function)(num_classes, **options)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model.name is {name!r}, which cannot be found ({error}); use module:function") from None
     if not isinstance(network, nn.Module):

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from dist_train import checkpoint
 from dist_train.checkpoint import Position, Snapshot, State
@@ -19,6 +13,7 @@ from dist_train.config_file import make_config
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.models import interop
 from dist_train.models.msdnet import MSDNet
+from dist_train.models.weights import read_weights
 from shards.index import Index
 
 # Mean and deviation of CIFAR-100 as both repositories use them; ImageNet's are the defaults.
@@ -64,33 +59,6 @@ def convert(file: str | Path, output: str | Path, repository: str, arguments: st
     except OSError as error:
         raise CheckpointError(f"{output}: cannot be written ({error.strerror or error})") from None
     return output
-
-
-def read_weights(file: str | Path) -> Mapping[str, Tensor]:
-    """The state dict in a file: the file's content, or what stands in it under ``state_dict`` or ``model``.
-
-    Raises:
-        CheckpointError: no such file, or no weights in it.
-    """
-    file = Path(file)
-    try:
-        if file.suffix == ".safetensors":
-            return dict(load_file(file))
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{file}: holds no weights, or more than weights, which is not read ({reason}); give a file that "
-            "torch.load reads with weights_only=True, or safetensors"
-        ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not weights by name; give a state dict")
-    return content
 
 
 def _read_arguments(file: Path) -> dict[str, Any]:

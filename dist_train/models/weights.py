@@ -1,0 +1,81 @@
+"""Weights from files: read without running any code of theirs, and put into a network by their names."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dist_train.errors import CheckpointError
+from dist_train.models.parts import exit_parts, is_in
+
+
+def read_weights(file: str | Path) -> Mapping[str, Tensor]:
+    """The state dict in a file: the file's content, or what stands in it under ``state_dict`` or ``model``.
+
+    Raises:
+        CheckpointError: no such file, or no weights in it.
+    """
+    file = Path(file)
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file))
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{file}: holds no weights, or more than weights, which is not read ({reason}); give a file that "
+            "torch.load reads with weights_only=True, or safetensors"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not weights by name; give a state dict")
+    return content
+
+
+def load_backbone(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Start a network from weights of its backbone, or of all of it; exits that have none, or of other classes, stay fresh.
+
+    Args:
+        model: a network of this package.
+        weights: by the names of the network that exits were attached to, or by those of the whole model; with or
+            without ``module.`` before each.
+        source: what the weights are, for the error.
+
+    Raises:
+        CheckpointError: a weight of the backbone is missing or of another shape, or one is not known; names them.
+    """
+    given = {key.removeprefix("module."): value for key, value in weights.items()}
+    own = model.state_dict()
+    if not any(key in own for key in given):
+        given = {f"network.{key}": value for key, value in given.items()}
+    exits = exit_parts(model)
+    misshapen = [key for key in own if key in given and given[key].shape != own[key].shape]
+    faults = {
+        "missing": [key for key in own if key not in given and not is_in(key, exits)],
+        "misshapen": [
+            f"{k} {list(given[k].shape)} instead of {list(own[k].shape)}" for k in misshapen if not is_in(k, exits)
+        ],
+        "unexpected": [key for key in given if key not in own and not is_in(key, exits)],
+    }
+    found = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in faults.items() if keys]
+    if found:
+        raise CheckpointError(
+            f"{source}: does not fit the network: {', '.join(found)}; give weights of this architecture"
+        )
+    fitting = {key: value for key, value in given.items() if key in own and key not in misshapen}
+    model.load_state_dict(own | fitting)
+
+
+def _some(keys: Iterable[str]) -> str:
+    first = [key.removeprefix("network.") for key in keys]
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
