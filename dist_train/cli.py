@@ -30,7 +30,7 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train doctor          what is installed and what this machine can do
 
 Any field of CONFIG can be overridden: --section.key value.  `dist-train train --help` lists them.
-Several processes: python -m launch.local -n 2 CONFIG
+Several processes: python -m launch.local -n 2 CONFIG; on a cluster: python -m launch.slurm --nodes 4 CONFIG
 """
 
 
@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
 
 def _say(verb: str, error: UserError) -> None:
     """Print an error once: by rank 0 what all ranks find, and by its own rank what only one can have found in training."""
-    rank, torch = os.environ.get("RANK", "0"), sys.modules.get("torch")
+    rank, torch = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), sys.modules.get("torch")
     alone = torch is not None and torch.distributed.is_initialized() and not isinstance(error, TrainingError)
     if rank == "0" or alone:
         print(f"dist-train {verb}: {f'rank {rank}: ' if alone else ''}{error}", file=sys.stderr)

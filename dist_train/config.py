@@ -317,6 +317,56 @@ class FaultConfig(Section):
         return max(self.timeout_minutes, self.first_step_minutes) + 1
 
 
+class SlurmConfig(Section):
+    """The job of a run on a SLURM cluster, as `python -m launch.slurm` submits it; each field is a flag there."""
+
+    nodes: Positive = 1
+    """Nodes."""
+    gpus_per_node: Positive | None = None
+    """GPUs on each node, with one task per GPU (default: none asked for)."""
+    tasks_per_node: Positive | None = None
+    """Processes on each node without GPUs (default: one per GPU, or one)."""
+    cpus_per_task: Positive | None = None
+    """Cores for each process (default: the cluster's, which is often one)."""
+    hours: Annotated[float, Field(gt=0)] = 24.0
+    """Time limit of one start; a job that reaches it saves, is requeued and goes on."""
+    partition: str | None = None
+    """Partition (default: the cluster's)."""
+    account: str | None = None
+    """Account that pays."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that the nodes must have."""
+    reservation: str | None = None
+    """Reservation to use."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of each node, in GB (default: the cluster's)."""
+    exclusive: bool = False
+    """Share the nodes with no other job."""
+    dependency: str | None = None
+    """What the job waits for, for instance afterok:1234."""
+    setup: tuple[str, ...] = ()
+    """Shell lines that the job runs first: modules, containers, variables."""
+    signal_seconds: Positive = 90
+    """How long before the time limit the job is told to save."""
+    array_parallelism: Positive = 256
+    """Runs of a sweep that may run at the same time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SlurmConfig:
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"tasks_per_node is {self.tasks_per_node}; with GPUs there is one task for each of them, leave it out"
+            )
+        return self
+
+    @property
+    def tasks(self) -> int:
+        """Processes on each node."""
+        return self.gpus_per_node or self.tasks_per_node or 1
+
+
 class Config(Section):
     """A whole run."""
 
@@ -334,6 +384,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     faults: FaultConfig = FaultConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @property
     def folder(self) -> Path:

@@ -56,8 +56,8 @@ class Ranks:
 
     @property
     def threads(self) -> int:
-        """Cores for this process: its fair share of those that it may use."""
-        return max(1, len(self._share()))
+        """Cores for this process: its fair share of those that it may use, at most what SLURM gave each task."""
+        return max(1, min(len(self._share()), int(os.environ.get("SLURM_CPUS_PER_TASK", 1 << 20))))
 
     def pin(self) -> None:
         """Keep this process to its share of the cores, so that the processes of a machine do not take turns on them."""

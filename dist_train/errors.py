@@ -25,3 +25,7 @@ class TrainingError(UserError):
 
 class TrackingError(UserError):
     """A run cannot be mirrored in MLflow."""
+
+
+class SlurmError(UserError):
+    """SLURM is not there, or does not offer what a job asks for."""

@@ -1,0 +1,50 @@
+"""Shows the logs of submitted runs until the last of them has ended, through requeues."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import cluster
+from launch.submission import Submitted
+
+POLL_SECONDS = 2.0
+
+
+class _Tail:
+    """Prints what is new in a log that grows; lines carry the run's name where there are several."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        self.path, self.label, self.offset = path, label, 0
+
+    def show(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self.offset += len(data)
+        for line in data.decode(errors="replace").splitlines():
+            print(f"{self.label}{line}", flush=True)
+
+
+def follow(jobs: Sequence[Submitted]) -> int:
+    """Print the logs; 0 when all runs completed, 1 when one did not, 130 after Ctrl-C, which leaves the jobs alone."""
+    tails = {job.job: _Tail(job.log, f"{job.config.name}: " if len(jobs) > 1 else "") for job in jobs}
+    ended: dict[str, str] = {}
+    try:
+        while len(ended) < len(jobs):
+            time.sleep(POLL_SECONDS)
+            # Asked before the log is read, so that nothing is written after the last look.
+            states = {number: cluster.job(number).get("JobState", "GONE") for number in tails if number not in ended}
+            for tail in tails.values():
+                tail.show()
+            ended |= {number: state for number, state in states.items() if state in {*cluster.ENDED, "GONE"}}
+    except KeyboardInterrupt:
+        print(f"\nnot followed any more; job {jobs[0].job} goes on")
+        return 130
+    for number, state in ended.items():
+        print(f"job {number}: {state}")
+    return 0 if set(ended.values()) == {"COMPLETED"} else 1
