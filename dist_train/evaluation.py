@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -73,13 +73,20 @@ class Evaluator:
         self.precision = precision
 
     @torch.inference_mode()
-    def run(self, weights: dict[str, torch.Tensor] | None = None) -> Evaluation:
-        """Evaluate the split with these weights (or those that the network has); all ranks must call."""
+    def run(
+        self, weights: dict[str, torch.Tensor] | None = None, stop: Callable[[], bool] | None = None
+    ) -> Evaluation | None:
+        """Evaluate the split with these weights (or those that the network has); all ranks must call.
+
+        None where ``stop``, asked at every micro batch, was true on any rank: all of them leave together.
+        """
         if weights is not None:
             self.model.load_state_dict(weights)
         totals = ExitStats.zeros(self.criterion.num_exits, self.group.device).vector.double()
         self.group.enter("evaluation")
-        for micro in self.loader.evaluation():
+        for number, micro in enumerate(self.loader.evaluation()):
+            if stop and number < self.loader.common_batches and self.group.agree(stop())[0]:
+                return None
             self.group.enter("evaluation")
             with autocast(self.precision, self.group.device):
                 logits = self.model(micro.images)
@@ -130,7 +137,9 @@ def evaluate(path: str | Path, split: str | None = None, shards: str | Path | No
     )  # fmt: skip
     try:
         criterion = ExitDistillation.from_config(config.loss, cast(int, model.num_exits)).to(group.device)
-        return Evaluator(model, loader, group, criterion, config.train.precision).run()
+        result = Evaluator(model, loader, group, criterion, config.train.precision).run()
+        assert result is not None
+        return result
     finally:
         loader.close()
 

@@ -13,6 +13,7 @@ from dist_train.config import Config
 from dist_train.dist import Ranks
 from dist_train.engine import AUTOCAST
 from dist_train.errors import UserError
+from dist_train.metrics import read_metrics
 from dist_train.models import build_model
 from dist_train.models.cost import ExitCost, exit_costs
 from dist_train.optim import learning_rate, state_names
@@ -51,6 +52,7 @@ class Plan:
     memory: dict[int, Memory] = field(default_factory=dict)
     checkpoint_bytes: int = 0
     resumes: str | None = None
+    warning: str | None = None
 
     @property
     def total_steps(self) -> int:
@@ -98,7 +100,7 @@ class Plan:
         lines.append(
             f"checkpoint {self.checkpoint_bytes / 2**20:.1f} MiB each, {self.config.checkpoint.keep} kept and the best one"
         )
-        return "\n".join(lines)
+        return "\n".join(lines + ([f"warning   {self.warning}"] if self.warning else []))
 
 
 def plan(config: Config, world_size: int = 1) -> Plan:
@@ -125,6 +127,28 @@ def plan(config: Config, world_size: int = 1) -> Plan:
         memory={stage: _memory(numbers, config, stage, world_size, activations) for stage in range(4)},
         checkpoint_bytes=4 * numbers * kept,
         resumes=str(ready.resume.resolve()) if ready.resume else None,
+        warning=_lead_time(config),
+    )
+
+
+def _lead_time(config: Config) -> str | None:
+    """A warning where SLURM's signal comes later than a step and a save before the end, as far as the run was measured."""
+    latest, metrics = config.folder / "checkpoints" / "latest", config.folder / "metrics.jsonl"
+    speeds = [
+        entry["metrics"]["speed/images_per_second"]
+        for entry in (read_metrics(metrics) if metrics.exists() else [])
+        if "speed/images_per_second" in entry["metrics"]
+    ]
+    if not speeds or not latest.exists():
+        return None
+    step = config.train.global_batch / min(speeds)
+    written = [path.stat().st_mtime for path in latest.iterdir()]
+    save = max(written) - min(written)
+    if step + save <= config.slurm.signal_seconds:
+        return None
+    return (
+        f"a step took up to {step:.1f} s and a save {save:.1f} s, but on SLURM the run is told only "
+        f"{config.slurm.signal_seconds} s before its end; raise slurm.signal_seconds"
     )
 
 

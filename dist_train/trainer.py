@@ -142,8 +142,8 @@ class Trainer:
                 stopped = False
                 while not stopped:
                     if self.position.batch and (self.position.batch % self.steps_per_epoch == 0 or self._at_end()):
-                        self._end_epoch()
-                    if self._at_end():
+                        stopped = self._end_epoch()
+                    if stopped or self._at_end():
                         break
                     stopped = self._train_epoch()
             status = "RUNNING" if stopped else "FINISHED"
@@ -236,13 +236,17 @@ class Trainer:
             )  # fmt: skip
         self.nonfinite.check(self.position.step)
 
-    def _end_epoch(self) -> None:
-        """Evaluate and save where one of them is due; done once for a batch, also if the run was stopped before it."""
+    def _end_epoch(self) -> bool:
+        """Evaluate and save where one of them is due, once for a batch; true if the run must stop before it is done."""
         epoch = -(-self.position.batch // self.steps_per_epoch)
         due = self._at_end() or epoch % self.config.train.eval_every == 0
         best = False
         if due and self.position.evaluated != self.position.batch:
-            self.evaluation = self.evaluator.run(self.engine.averaged_weights() or self.engine.weights())
+            weights = self.engine.averaged_weights() or self.engine.weights()
+            self.evaluation = self.evaluator.run(weights, lambda: self.requests.received is not None)
+            if self.evaluation is None:
+                self._save()
+                return True
             self.position.evaluated = self.position.batch
             score = self.evaluation.mean_top1
             best = self.position.best_score is None or score > self.position.best_score
@@ -254,6 +258,7 @@ class Trainer:
         every = self.config.checkpoint.every_epochs
         if best or self._at_end() or (every and epoch % every == 0):
             self._save(best)
+        return False
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

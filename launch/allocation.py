@@ -80,7 +80,7 @@ def _start(config: Config, arguments: list[str]) -> subprocess.Popen[bytes]:
     tasks = _tasks_per_node()
     if len(nodes) > 1:
         _check_shared(config.folder, nodes)
-    words = ["srun", "--unbuffered", "--mpi=none", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks}"]
+    words = ["srun", "--mpi=none", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks}"]
     words.append(f"--ntasks-per-node={tasks}")
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # which srun does not take over from the allocation
         words.append(f"--cpus-per-task={cpus}")
@@ -91,7 +91,7 @@ def _start(config: Config, arguments: list[str]) -> subprocess.Popen[bytes]:
     # In a session of their own, Ctrl-C in an interactive allocation reaches the ranks through here, once.
     return subprocess.Popen(
         [*words, sys.executable, "-m", "dist_train", "train", *arguments],
-        env=os.environ | environment,
+        env=os.environ | environment | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     )
 

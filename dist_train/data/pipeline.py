@@ -146,6 +146,11 @@ class Loader:
         self._running = batches = self._global_batches(start_batch)
         return batches
 
+    @property
+    def common_batches(self) -> int:
+        """Micro batches of an evaluation that every rank has; some may have one more."""
+        return len(self._order) // self._world_size // self._micro_batch
+
     def evaluation(self) -> Iterator[MicroBatch]:
         """This rank's share of the split; over all ranks every sample comes once, and a share may be empty.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from dist_train.config_file import dump_config, make_config
 from dist_train.metrics import read_metrics
@@ -125,3 +126,33 @@ def test_the_ranks_of_a_machine_divide_its_cores_and_keep_what_a_launcher_gave(r
             assert len(mine) == len(set(mine)) == size * processes
         else:
             assert all(share == cores for _, share, _ in found)
+
+
+def test_a_run_asked_to_stop_in_an_evaluation_stops_there_and_evaluates_when_it_goes_on(config, tmp_path):
+    flags = ["--model.name", "slow:network", "--model.exits", "[body]", "--train.epochs", "1", "--train.max_steps", "4"]
+    fields = yaml.safe_load(config.read_text())
+    fields["model"] = {}
+    config.write_text(yaml.safe_dump(fields))
+    marker = tmp_path / "evaluating"
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "SLOW_EVALUATION": "0.5", "EVALUATING": str(marker),
+    }  # fmt: skip
+    words = [sys.executable, "-m", "launch.local", "-n", "2", str(config), *flags]
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not marker.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR2)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    evaluated = [
+        entry for entry in read_metrics(tmp_path / "launched" / "metrics.jsonl") if "val/images" in entry["metrics"]
+    ]
+    assert not evaluated
+    again = subprocess.run(
+        words, cwd=ROOT, env=environment | {"SLOW_EVALUATION": "0"}, capture_output=True, text=True, timeout=100
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "360 images, each once" in again.stdout

@@ -1,0 +1,242 @@
+"""On a real SLURM a run loses no step: signalled, preempted, out of time, on a node that dies; and bad requests are refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dist_train.config_file import dump_config, make_config
+from dist_train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 88  # two epochs of the digits
+
+
+class Runs:
+    """Starts runs that differ in their names alone, and looks at what became of them."""
+
+    def __init__(self, slurm, folder, digits):
+        self.slurm = slurm
+        self.folder = folder
+        self.config = folder / "slow.yaml"
+        fields = {
+            "runs": str(folder),
+            "data": {"shards": str(digits), "flip": False},
+            "model": {"name": "slow:network", "exits": ["body"]},
+            "train": {"global_batch": 32, "micro_batch": 16, "epochs": 2, "precision": "fp32"},
+            "checkpoint": {"every_steps": 10},
+            "tracking": {"log_every": 1},
+        }
+        self.config.write_text(dump_config(make_config(fields)))
+
+    def command(self, words, slow=0.0, **more):
+        environment = self.slurm.environment | {
+            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+            "SLOW": str(slow),
+            **more,
+        }
+        return subprocess.run(
+            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        )
+
+    def launch(self, name, *flags, **more):
+        words = [sys.executable, "-m", "launch.slurm", "--cpus-per-task", "1", *flags, self.config, "--name", name]
+        return self.command(words, **more)
+
+    def submit(self, name, *flags, **more):
+        result = self.launch(name, *flags, **more)
+        assert result.returncode == 0, result.stderr
+        assert "scancel" in result.stdout
+        return re.search(r"job +(\d+)", result.stdout)[1]
+
+    def steps(self, name):
+        path = self.folder / name / "metrics.jsonl"
+        return [e["batch"] for e in read_metrics(path) if "train/loss" in e["metrics"]] if path.exists() else []
+
+    def wait_for_steps(self, name, number=3):
+        self.wait(lambda: len(self.steps(name)) >= number, name)
+
+    def wait_for_end(self, name, job):
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        self.wait(lambda: self.slurm.job(job).get("JobState") in ended, name)
+        return self.slurm.job(job)
+
+    def wait(self, done, name, seconds=200):
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < deadline, self.log(name)
+            time.sleep(0.2)
+
+    def log(self, name):
+        return "\n".join(path.read_text() for path in self.folder.glob(f"{name}/slurm/*.out"))
+
+    def weights(self, name):
+        return load_file(self.folder / name / "checkpoints" / "latest" / "model.safetensors")
+
+    def check_whole(self, name):
+        """The run is the uninterrupted one: every step once, every evaluation once, and the same weights bit for bit."""
+        assert self.steps(name) == list(range(1, STEPS + 1)), self.log(name)
+        lines = read_metrics(self.folder / name / "metrics.jsonl")
+        assert [e["batch"] for e in lines if "val/mean_top1" in e["metrics"]] == [STEPS // 2, STEPS]
+        expected, found = self.weights("reference"), self.weights(name)
+        assert all(expected[key].equal(found[key]) for key in expected)
+
+    def mlflow(self, name):
+        """The MLflow run of that name, of which there is one only."""
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
+        experiment = client.get_experiment_by_name("dist_train").experiment_id
+        (run,) = client.search_runs([experiment], filter_string=f"tags.mlflow.runName = '{name}'")
+        return client, run
+
+
+@pytest.fixture(scope="module")
+def runs(slurm, digits, tmp_path_factory):
+    """Runs that start together, since most of their time is waiting; "reference" is that of launch.local."""
+    runs = Runs(slurm, tmp_path_factory.mktemp("runs"), digits)
+    local = runs.command([sys.executable, "-m", "launch.local", "-n", "2", runs.config, "--name", "reference"])
+    assert local.returncode == 0, local.stdout + local.stderr
+    two_minutes = ("--hours", 2 / 60, "--signal-seconds", "20")
+    runs.limited = runs.submit("limited", "--nodes", "2", *two_minutes, slow=1.4)
+    runs.signalled = runs.submit("signalled", "--nodes", "2", slow=0.4)
+    sbatch = runs.command(
+        ["sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1",
+         f"--output={runs.folder}/batch.out", ROOT / "launch" / "slurm.py", runs.config, "--name", "batch"],
+        slow=0.4, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )  # fmt: skip
+    assert sbatch.returncode == 0, sbatch.stderr
+    runs.batch = sbatch.stdout.strip()
+    runs.wait_for_steps("batch")
+    runs.wait_for_steps("signalled")
+    idle = int(slurm("sinfo", "-h", "-n", "x1", "-p", "keep", "-O", "CPUsState").split("/")[1])
+    wanted = f"--cpus-per-task={idle + 1}"  # which takes the preemption of a job of one core
+    slurm("sbatch", "--nodes=2", "--ntasks-per-node=1", wanted, "--output=/dev/null", "--wrap", "sleep 1")
+    slurm("scancel", "--signal=USR2", runs.signalled)
+    return runs
+
+
+def test_a_signalled_job_saves_is_requeued_once_and_goes_on_as_the_same_run(runs):
+    again = runs.launch("signalled")
+    assert again.returncode == 2
+    assert f"job {runs.signalled} works on" in again.stderr
+    job = runs.wait_for_end("signalled", runs.signalled)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), runs.log("signalled")
+    assert "stopped by SIGUSR2" in runs.log("signalled")
+    runs.check_whole("signalled")
+    client, run = runs.mlflow("signalled")
+    assert run.info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == list(
+        range(1, STEPS + 1)
+    )
+    assert (run.data.tags["slurm_job"], run.data.tags["nodes"]) == (runs.signalled, "2")
+    assert {"hosts", "commit", "command"} <= run.data.tags.keys()
+
+
+def test_the_file_is_a_batch_script_and_survives_a_preemption(runs):
+    job = runs.wait_for_end("batch", runs.batch)
+    said = (runs.folder / "batch.out").read_text()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said
+    assert "stopped by SIGTERM" in said
+    runs.check_whole("batch")
+    runs.mlflow("batch")
+
+
+def test_a_sweep_is_an_array_of_runs_with_one_mlflow_parent(runs):
+    result = runs.launch(
+        "sweep", "--sweep", "seed=0,1", "--sweep", "optim.lr=0.1,0.2", "--follow", "--train.max_steps", "2"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    names = [f"sweep-seed_{seed}-lr_{lr}" for seed in (0, 1) for lr in (0.1, 0.2)]
+    numbers = re.findall(r"job +(\d+_\d) *$", result.stdout, re.MULTILINE)
+    assert [number.partition("_")[2] for number in numbers] == ["0", "1", "2", "3"]
+    assert len({number.partition("_")[0] for number in numbers}) == 1
+    _, parent = runs.mlflow("sweep")
+    for name in names:
+        assert f"{name}: 360 images, each once" in result.stdout
+        assert runs.steps(name) == [1, 2]
+        assert runs.mlflow(name)[1].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert not runs.weights(names[0])["body.weight"].equal(runs.weights(names[1])["body.weight"])
+
+
+def test_a_run_that_dies_three_times_at_one_step_is_given_up_with_a_report(runs, tmp_path):
+    (tmp_path / "die").touch()
+    job = runs.submit("dying", "--tasks-per-node", "2", DIE=str(tmp_path / "die"))
+    job = runs.wait_for_end("dying", job)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "2"), runs.log("dying")
+    assert "3 failures after the checkpoint of step 0, not requeued again" in runs.log("dying")
+    assert len(json.loads((runs.folder / "dying" / "slurm" / "failures.json").read_text())) == 3
+
+
+def test_a_job_that_the_user_cancels_does_not_come_back(runs):
+    job = runs.submit("cancelled", "--tasks-per-node", "2", slow=0.5)
+    runs.wait_for_steps("cancelled")
+    runs.slurm("scancel", job)
+    assert runs.wait_for_end("cancelled", job)["Restarts"] == "0"
+    time.sleep(1)
+    assert runs.slurm.job(job)["JobState"] == "CANCELLED"
+
+
+def test_a_job_at_its_time_limit_saves_and_goes_on(runs):
+    job = runs.wait_for_end("limited", runs.limited)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), runs.log("limited")
+    runs.check_whole("limited")
+    runs.mlflow("limited")
+
+
+def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint_only(runs):
+    number = runs.submit("widowed", "--nodes", "2", slow=0.2)
+    runs.wait_for_steps("widowed", 14)
+    runs.slurm.kill_node("x2")
+    runs.wait(lambda: runs.slurm.job(number)["Restarts"] == "1", "widowed")
+    runs.slurm.start_node("x2")
+    job = runs.wait_for_end("widowed", number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), runs.log("widowed")
+    assert re.search(r"resumed from .*step [1-9]", runs.log("widowed"))
+    runs.check_whole("widowed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--partition", "fast"], "partition 'fast' does not exist; sinfo offers keep, low, far"),
+        (["--partition", "far", "--gpus-per-node", "8"], "far has 4 GPUs on a node"),
+        (["--partition", "far", "--hours", "3"], "far has 1 hours at most"),
+        (["--nodes", "3"], "keep has 2 nodes"),
+        (["--partition", "far", "--hours", "1"], "is on this machine alone"),
+        (["--constraint", "gold"], "sbatch: "),
+        (["--sweep", "seed"], "write --sweep KEY=VALUE,VALUE"),
+        (["--train.global_batch", "33"], "train.global_batch is 33"),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_refused_in_one_line(runs, flags, said):
+    before = runs.slurm("squeue", "-h", "-o", "%i")
+    result = runs.launch("refused", *flags)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert set(runs.slurm("squeue", "-h", "-o", "%i").split()) <= set(before.split())
+
+
+def test_without_slurm_the_local_launcher_is_named(runs):
+    result = runs.launch("nowhere", PATH="/nowhere")
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        "launch.slurm: sbatch is not on this machine; to train here use python -m launch.local"
+    )
+
+
+def test_a_dry_run_prints_the_batch_script_and_submits_nothing(runs):
+    flags = ["--nodes", "2", "--exclusive", "--memory-gb", "4", "--qos", "normal", "--dependency", "afterok:1"]
+    result = runs.launch("dry", *flags, "--setup", "module load cuda", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    for line in ("--nodes=2", "--exclusive", "--mem=4096M", "--qos=normal", "--dependency=afterok:1", "--requeue"):
+        assert f"#SBATCH {line}\n" in result.stdout
+    assert "\nmodule load cuda\n" in result.stdout
+    assert "dry" not in runs.slurm("squeue", "-h", "-o", "%j").split()
