@@ -43,7 +43,7 @@ def run(path: str, *overrides: str) -> int:
     """Train in this allocation, once; returns the ranks' exit code after having requeued the job where that helps."""
     try:
         config = load_config(path, *overrides)
-        job = os.environ["SLURM_JOB_ID"]
+        job = _job()
         _claim(config, job)
         ranks = _start(config, [path, *overrides])
     except UserError as error:
@@ -64,6 +64,12 @@ def run(path: str, *overrides: str) -> int:
         return code
     _requeue(job)
     return code
+
+
+def _job() -> str:
+    """This job's number; in an array that of the element, since the number alone may stand for all of them."""
+    array, element = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{element}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def _claim(config: Config, job: str) -> None:

@@ -83,7 +83,7 @@ def job(number: str) -> dict[str, str]:
 
 def job_on(folder: Path) -> str | None:
     """The number of the user's job, waiting or running, that says in its comment that it works on this run folder."""
-    lines = ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--array", "--format=%A|%k").splitlines()
+    lines = ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--array", "--format=%i|%k").splitlines()
     return next((line.partition("|")[0] for line in lines if line.partition("|")[2].strip() == str(folder)), None)
 
 

@@ -11,11 +11,14 @@ sbatch --nodes 4 --gpus-per-node 8 --ntasks-per-node 8 --cpus-per-task 8 launch/
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from dist_train.config import SlurmConfig
 from dist_train.errors import SlurmError, UserError
@@ -66,19 +69,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _as_overrides(known: argparse.Namespace) -> list[str]:
-    given = {
-        key: value for key, value in vars(known).items() if key.startswith("slurm.") and value not in (None, False)
-    }
-    # Words are quoted as YAML strings: a partition may be named 1 or on.
-    text = ("partition", "account", "qos", "constraint", "reservation", "dependency", "setup")
-    quoted = {key: _quote(value) if key.removeprefix("slurm.") in text else str(value) for key, value in given.items()}
-    return [f"--{key}={'true' if value == 'True' else value}" for key, value in quoted.items()]
-
-
-def _quote(value: str | list[str]) -> str:
-    import json
-
-    return json.dumps(value)
+    """The job's flags as overrides of the section slurm; a partition named 1 or on stays a word in YAML."""
+    words = ("partition", "account", "qos", "constraint", "reservation", "dependency", "setup", "exclusive")
+    return [
+        f"--{key}={json.dumps(value) if key.removeprefix('slurm.') in words else value}"
+        for key, value in vars(known).items()
+        if key.startswith("slurm.") and value not in (None, False)
+    ]
 
 
 def _submit(known: argparse.Namespace, overrides: list[str]) -> int:
@@ -97,6 +94,19 @@ def _submit(known: argparse.Namespace, overrides: list[str]) -> int:
     return follow.follow(jobs) if known.follow else 0
 
 
+def _warn_unreachable(uri: str) -> None:
+    place = urlsplit(uri)
+    if place.scheme not in ("http", "https") or not place.hostname:
+        return
+    try:
+        socket.create_connection((place.hostname, place.port or {"http": 80, "https": 443}[place.scheme]), 3).close()
+    except OSError as error:
+        print(
+            f"launch.slurm: warning: MLflow at {uri} cannot be reached ({error}); the run keeps its metrics, and "
+            "dist-train sync RUN sends them later"
+        )
+
+
 def _announce(jobs: Sequence[submission.Submitted]) -> None:
     from dist_train.tracking import tracking_uri, ui_command
 
@@ -104,6 +114,7 @@ def _announce(jobs: Sequence[submission.Submitted]) -> None:
         print(f"job         {job.job}\nrun folder  {job.config.folder}\nlog         {job.log}")
     config = jobs[0].config
     if uri := tracking_uri(config):
+        _warn_unreachable(uri)
         print(f"in MLflow   {ui_command(uri)}  (experiment {config.tracking.experiment}, run {config.name})")
     print(f"cancel      scancel {jobs[0].job.partition('_')[0]}")
 

@@ -135,13 +135,18 @@ def _folder(configs: Sequence[Config], name: str) -> Path:
 
 
 def _parent(configs: Sequence[Config], name: str, command: str) -> str | None:
-    from dist_train.tracking import create_parent
+    from dist_train.tracking import create_parent, tracking_uri
 
     try:
-        return create_parent(configs[0], name, {"command": command})
+        parent = create_parent(configs[0], name, {"command": command})
     except TrackingError as error:
         print(f"launch.slurm: warning: the runs of this sweep have no MLflow run in common ({error})")
         return None
+    from mlflow.tracking import MlflowClient
+
+    # It stands for the submission, which is done; no process of its own would end it later.
+    MlflowClient(tracking_uri=tracking_uri(configs[0])).set_terminated(parent)
+    return parent
 
 
 def _check_partition(slurm: SlurmConfig) -> cluster.Partition:

@@ -240,3 +240,18 @@ def test_a_dry_run_prints_the_batch_script_and_submits_nothing(runs):
         assert f"#SBATCH {line}\n" in result.stdout
     assert "\nmodule load cuda\n" in result.stdout
     assert "dry" not in runs.slurm("squeue", "-h", "-o", "%j").split()
+
+
+def test_plan_warns_where_the_signal_comes_too_late_for_a_step_and_a_save(runs):
+    plan = [sys.executable, "-m", "dist_train", "plan", runs.config, "--name", "limited", "--processes", "2"]
+    assert "raise slurm.signal_seconds" in runs.command([*plan, "--slurm.signal_seconds", "1"]).stdout
+    enough = runs.command(plan)
+    assert enough.returncode == 0
+    assert "signal_seconds" not in enough.stdout
+
+
+def test_a_server_that_is_away_is_said_at_submission(runs):
+    result = runs.launch("away", "--tracking.uri", "http://127.0.0.1:9", "--train.max_steps", "1")
+    assert result.returncode == 0, result.stderr
+    assert "warning: MLflow at http://127.0.0.1:9 cannot be reached" in result.stdout
+    runs.slurm("scancel", "--name=away")
