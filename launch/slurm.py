@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-# SBATCH --signal=USR2@90
-# SBATCH --requeue
-# SBATCH --open-mode=append
+# sbatch wants its lines without a space.
+# fmt: off
+#SBATCH --signal=USR2@90
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# fmt: on
 """Train on a SLURM cluster: submit a run or a sweep; inside an allocation, start the ranks there.
 
 python -m launch.slurm --nodes 4 --gpus-per-node 8 --hours 24 CONFIG [--section.key value ...]

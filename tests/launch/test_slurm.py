@@ -104,7 +104,7 @@ def runs(slurm, digits, tmp_path_factory):
     local = runs.command([sys.executable, "-m", "launch.local", "-n", "2", runs.config, "--name", "reference"])
     assert local.returncode == 0, local.stdout + local.stderr
     two_minutes = ("--hours", 2 / 60, "--signal-seconds", "20")
-    runs.limited = runs.submit("limited", "--nodes", "2", *two_minutes, slow=1.4)
+    runs.limited = runs.submit("limited", "--nodes", "2", *two_minutes, slow=1.2)
     runs.signalled = runs.submit("signalled", "--nodes", "2", slow=0.4)
     sbatch = runs.command(
         ["sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1",
@@ -128,7 +128,7 @@ def test_a_signalled_job_saves_is_requeued_once_and_goes_on_as_the_same_run(runs
     assert f"job {runs.signalled} works on" in again.stderr
     job = runs.wait_for_end("signalled", runs.signalled)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), runs.log("signalled")
-    assert "stopped by SIGUSR2" in runs.log("signalled")
+    assert runs.log("signalled").count("stopped by SIGUSR2") == 1
     runs.check_whole("signalled")
     client, run = runs.mlflow("signalled")
     assert run.info.status == "FINISHED"
@@ -143,7 +143,7 @@ def test_the_file_is_a_batch_script_and_survives_a_preemption(runs):
     job = runs.wait_for_end("batch", runs.batch)
     said = (runs.folder / "batch.out").read_text()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said
-    assert "stopped by SIGTERM" in said
+    assert said.count("stopped by SIGTERM") == 1
     runs.check_whole("batch")
     runs.mlflow("batch")
 
@@ -185,7 +185,8 @@ def test_a_job_that_the_user_cancels_does_not_come_back(runs):
 
 def test_a_job_at_its_time_limit_saves_and_goes_on(runs):
     job = runs.wait_for_end("limited", runs.limited)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), runs.log("limited")
+    assert job["JobState"] == "COMPLETED", runs.log("limited")
+    assert int(job["Restarts"]) >= 1  # the limit hits again where the machine is slow
     runs.check_whole("limited")
     runs.mlflow("limited")
 
