@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import re
 import socket
@@ -101,10 +103,11 @@ def submit(configs: Sequence[Config], name: str, command: str) -> list[Submitted
         path.write_text(dump_config(config))  # what is edited while the job waits must not change it
         kept.append(path)
     try:
-        with executor.batch():
+        # submitit shows what sbatch says while it raises it as well.
+        with contextlib.redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(allocation.run_job, str(path), parent) for path in kept]
     except FailedJobError as error:
-        raise SlurmError(f"sbatch: {cluster.last_line(str(error))}") from None
+        raise SlurmError(cluster.last_line(str(error)).replace("error: ", "")) from None
     return [Submitted(job.job_id, config, job.paths.stdout) for job, config in zip(jobs, configs)]
 
 

@@ -46,7 +46,7 @@ class Runs:
         )
 
     def launch(self, name, *flags, **more):
-        words = [sys.executable, "-m", "launch.slurm", "--cpus-per-task", "1", *flags, self.config, "--name", name]
+        words = [sys.executable, "-m", "launch.slurm", "--cpus-per-task", "1", self.config, *flags, "--name", name]
         return self.command(words, **more)
 
     def submit(self, name, *flags, **more):
