@@ -25,10 +25,9 @@ class Slow(nn.Module):
             time.sleep(float(os.environ.get("SLOW", "0")))
             if os.environ.get("RANK") == "1" and Path(os.environ.get("DIE", "/nowhere")).exists():
                 os.kill(os.getpid(), signal.SIGKILL)
-        else:
-            time.sleep(float(os.environ.get("SLOW_EVALUATION", "0")))
-            if "EVALUATING" in os.environ:
-                Path(os.environ["EVALUATING"]).touch()
+        elif "EVALUATING" in os.environ and len(images) > 2:  # with fewer, the network is measured
+            Path(os.environ["EVALUATING"]).touch()
+            time.sleep(float(os.environ["SLOW_EVALUATION"]))
         return self.head(self.body(images).relu().mean((2, 3)))
 
 
