@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +26,9 @@ STOPPED = 75
 USER_ERROR = 2
 """Exit code of ranks that cannot run as configured: trying again would not help."""
 
+PAUSES = (5, 15, 60, 240)
+"""Seconds between the tries of a requeue while SLURM's controller does not answer."""
+
 ATTEMPTS = 3
 """Failures at the same step after which a job is not requeued any more."""
 
@@ -41,14 +45,28 @@ def run_job(config: str, parent: str | None) -> NoReturn:
 
 def run(path: str, *overrides: str) -> int:
     """Train in this allocation, once; returns the ranks' exit code after having requeued the job where that helps."""
+    job = _job()
     try:
         config = load_config(path, *overrides)
-        job = _job()
-        _claim(config, job)
-        ranks = _start(config, [path, *overrides])
+        code = _train(config, job, [path, *overrides])
+    except cluster.Unanswered as error:
+        _say(str(error))
+        code = 1
     except UserError as error:
         print(f"launch.slurm: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    if code in (0, USER_ERROR):
+        return code
+    if code != STOPPED and not _may_try_again(config, job, code):
+        return code
+    _requeue(job)
+    return code
+
+
+def _train(config: Config, job: str, arguments: list[str]) -> int:
+    """Start the ranks and wait for them; 128 + N where signal N ended them."""
+    _claim(config, job)
+    ranks = _start(config, arguments)
 
     def forward(number: int, frame: object) -> None:
         # srun passes USR2 on to every rank; a signal meant for the batch step alone arrives at the ranks as well.
@@ -57,13 +75,7 @@ def run(path: str, *overrides: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, forward)
     code = ranks.wait()
-    code = 128 - code if code < 0 else code
-    if code in (0, USER_ERROR):
-        return code
-    if code != STOPPED and not _may_try_again(config, job, code):
-        return code
-    _requeue(job)
-    return code
+    return 128 - code if code < 0 else code
 
 
 def _job() -> str:
@@ -106,7 +118,7 @@ def _tasks_per_node() -> int:
     """As the allocation was asked for: by tasks, else one for every GPU, else one."""
     wanted = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_GPUS_PER_NODE", "1").rpartition(":")[2]
     tasks = int(re.match(r"\d+", wanted)[0])  # type: ignore[index]
-    cores = min(int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", os.environ["SLURM_JOB_CPUS_PER_NODE"])[:1])
+    cores = min(int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", os.environ["SLURM_JOB_CPUS_PER_NODE"]))
     if tasks > cores:
         raise SlurmError(
             f"the allocation has {cores} cores on a node for {tasks} tasks; ask for --ntasks-per-node {tasks} "
@@ -120,7 +132,7 @@ def _check_shared(folder: Path, nodes: list[str]) -> None:
     token = folder.resolve() / f".shared-{uuid.uuid4().hex}"
     token.parent.mkdir(parents=True, exist_ok=True)
     token.touch()
-    script = f"test -e '{token}' || echo missing on $SLURMD_NODENAME"
+    script = f"test -e {shlex.quote(str(token))} || echo missing on $SLURMD_NODENAME"
     try:
         words = ["srun", "--mpi=none", "--overcommit", f"--nodes={len(nodes)}", "--ntasks-per-node=1"]
         said = cluster.ask(*words, f"--ntasks={len(nodes)}", "sh", "-c", script)
@@ -146,16 +158,20 @@ def _address(node: str) -> str:
 
 def _requeue(job: str) -> None:
     """Queue this job again, unless SLURM does that by itself (a preemption without grace time) or the user ended it."""
-    fields = cluster.job(job)
-    if fields.get("BatchFlag") == "0":
-        return _say("an interactive allocation cannot be requeued; the same command goes on")
-    if fields.get("JobState") != "RUNNING":
-        return _say(f"job {job} is {fields.get('JobState', 'gone')}: it is left to SLURM")
-    try:
-        cluster.ask("scontrol", "requeue", job)
-    except SlurmError as error:
-        return _say(f"not requeued ({error})")
-    return _say(f"job {job} is requeued and goes on from the last checkpoint")
+    for pause in (*PAUSES, 0):
+        try:
+            fields = cluster.job(job)
+            if fields.get("BatchFlag") == "0":
+                return _say("an interactive allocation cannot be requeued; the same command goes on")
+            if fields.get("JobState") != "RUNNING":
+                return _say(f"job {job} is {fields.get('JobState', 'gone')}: it is left to SLURM")
+            cluster.ask("scontrol", "requeue", job)
+        except cluster.Unanswered as error:
+            _say(f"not requeued yet ({error})")
+            time.sleep(pause)
+        else:
+            return _say(f"job {job} is requeued and goes on from the last checkpoint")
+    return _say(f"job {job} could not be requeued; scontrol requeue {job} does it by hand")
 
 
 def _may_try_again(config: Config, job: str, code: int) -> bool:

@@ -29,20 +29,25 @@ class Partition:
     default: bool
 
 
+class Unanswered(SlurmError):
+    """One of SLURM's commands failed, or the controller was away."""
+
+
 def ask(*words: str) -> str:
     """Output of one of SLURM's commands.
 
     Raises:
-        SlurmError: the command is not there, does not answer within a minute, or fails; with its last line.
+        SlurmError: the command is not there.
+        Unanswered: it does not answer within a minute, or fails; with its last line.
     """
     if shutil.which(words[0]) is None:
         raise SlurmError(f"{words[0]} is not on this machine; to train here use python -m launch.local CONFIG")
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{words[0]} does not answer; is SLURM's controller up? (scontrol ping)") from None
+        raise Unanswered(f"{words[0]} does not answer; is SLURM's controller up? (scontrol ping)") from None
     if result.returncode:
-        raise SlurmError(f"{' '.join(words)}: {last_line(result.stderr) or f'exit code {result.returncode}'}")
+        raise Unanswered(f"{' '.join(words)}: {last_line(result.stderr) or f'exit code {result.returncode}'}")
     return result.stdout
 
 
@@ -70,11 +75,17 @@ def hours_of(limit: str) -> float:
 
 
 def job(number: str) -> dict[str, str]:
-    """The fields of ``scontrol show job``; empty when SLURM has forgotten the job."""
+    """The fields of ``scontrol show job``; empty when SLURM has forgotten the job.
+
+    Raises:
+        Unanswered: the controller is away.
+    """
     try:
         text = ask("scontrol", "--oneliner", "show", "job", number)
-    except SlurmError:
-        return {}
+    except Unanswered as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
     fields: dict[str, str] = {}
     for key, value in re.findall(r"(?:^|\s)([A-Za-z][\w:/]*)=(\S*)", text.partition("\n")[0]):
         fields.setdefault(key, value)

@@ -30,6 +30,13 @@ class _Tail:
             print(f"{self.label}{line}", flush=True)
 
 
+def _state(number: str) -> str:
+    try:
+        return cluster.job(number).get("JobState", "GONE")
+    except cluster.Unanswered:  # the controller comes back; the job runs meanwhile
+        return "UNKNOWN"
+
+
 def follow(jobs: Sequence[Submitted]) -> int:
     """Print the logs; 0 when all runs completed, 1 when one did not, 130 after Ctrl-C, which leaves the jobs alone."""
     tails = {job.job: _Tail(job.log, f"{job.config.name}: " if len(jobs) > 1 else "") for job in jobs}
@@ -38,7 +45,7 @@ def follow(jobs: Sequence[Submitted]) -> int:
         while len(ended) < len(jobs):
             time.sleep(POLL_SECONDS)
             # Asked before the log is read, so that nothing is written after the last look.
-            states = {number: cluster.job(number).get("JobState", "GONE") for number in tails if number not in ended}
+            states = {number: _state(number) for number in tails if number not in ended}
             for tail in tails.values():
                 tail.show()
             ended |= {number: state for number, state in states.items() if state in {*cluster.ENDED, "GONE"}}
