@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dist_train.report.accuracy import right
+from dist_train.report.accuracy import by_exit, right
 from dist_train.report.calibration import reliability
 from dist_train.report.diagnostics import SHOWN
 from dist_train.report.report import Report, Sweep
@@ -39,8 +39,9 @@ class Picture:
 def pictures(report: Report) -> list[Picture]:
     """All pictures that the report has data for."""
     drawn: list[tuple[str, str, str, Callable[[Report], Figure | None]]] = [
-        ("accuracy", "Accuracy against cost", "Every exit with its 95 % interval, the mean probabilities of every exit "
-         "and all before it, and budgeted batch by two ways of fitting thresholds.", _accuracy),
+        ("accuracy", "Accuracy against cost", "On the images that budgets are tested on: every exit with its 95 % "
+         "interval, the mean probabilities of every exit and all before it, and budgeted batch by two ways of fitting "
+         "thresholds.", _accuracy),
         ("measures", "Measures of confidence", "Budgeted batch with optimal thresholds, by the measure that decides who "
          "leaves.", _measures),
         ("shares", "Where images leave", "Share of the test images that leave at each exit, by budget, with optimal "
@@ -63,23 +64,22 @@ def pictures(report: Report) -> list[Picture]:
 def _accuracy(report: Report) -> Figure:
     figure, (axes,) = _figure(4.4)
     costs = np.array(report.costs["multiply_adds"]) / 1e6
-    top1 = np.array([one.top1 for one in report.exits])
-    intervals = np.array([one.top1_interval for one in report.exits])
+    tested = by_exit(report.test)
+    top1 = np.array([one.top1 for one in tested])
+    intervals = np.array([one.top1_interval for one in tested])
     errors = np.abs(intervals - top1[:, None]).T
     axes.errorbar(costs, 100 * top1, 100 * errors, **_style(0), capsize=3, label="exit, all images leave there")
-    axes.plot(costs, [100 * one.top1 for one in report.ensemble], **_style(1), label="mean of it and all before")
-    wanted = {("optimal", 2), ("geometric", 3)}
-    for sweep in report.sweeps:
-        for method, place in wanted:
-            if (sweep.method, sweep.measure, sweep.temperatures, sweep.cost) == (
-                method,
-                "max_probability",
-                None,
-                "multiply_adds",
-            ):
-                _curve(axes, sweep, place, f"budgeted batch, {method} thresholds")
+    axes.plot(
+        costs,
+        [100 * one.top1 for one in by_exit(report.test, ensemble=True)],
+        **_style(1),
+        label="mean of it and all before",
+    )
+    for place, sweep in enumerate(report.sweeps[:2], start=2):  # the largest probability against multiply-adds
+        _curve(axes, sweep, place, f"budgeted batch, {sweep.method} thresholds")
     _label(axes, "multiply-adds per image, in millions", "top-1 %")
-    axes.legend(frameon=False, loc="lower right")
+    handles, labels = axes.get_legend_handles_labels()  # error bars come last
+    axes.legend([handles[-1], *handles[:-1]], [labels[-1], *labels[:-1]], frameon=False, loc="lower right")
     return figure
 
 
