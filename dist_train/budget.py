@@ -208,7 +208,7 @@ class _Search:
 
     def settled(self, thresholds: Scores) -> Scores:
         """The same decisions by thresholds that are halfway between two confidences."""
-        moved = thresholds.copy()
+        moved: Scores = thresholds.copy()
         waiting = np.ones(self.images, dtype=bool)
         for k in range(self.exits - 1):
             confidences = self.scores[self.order[k][waiting[self.order[k]]], k]

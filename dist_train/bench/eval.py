@@ -8,6 +8,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,14 @@ def bench_eval(images: int = IMAGES) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     memory = 0
     loop = []
-    rows, flags, confidences = scores.tolist(), right.tolist(), torch.from_numpy(scores)
+    confidences, flags = torch.from_numpy(scores), torch.from_numpy(right)
     for place in range(ROUNDS):
         for name, way in ways.items():
             seconds[name].append(_seconds(way))
         memory = memory or _peak_bytes() - before
         # Every budget of the loop takes about as long; 40 in full would take many minutes.
-        p = 10 + 10 * place
-        loop.append(BUDGETS * _seconds(lambda p=p: per_image_loop(confidences, rows, flags, costs.tolist(), p)))
+        one = partial(per_image_loop, confidences, flags, costs.tolist(), 10 + 10 * place)
+        loop.append(BUDGETS * _seconds(one))
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
     whole = float(np.median(loop))
     return {
@@ -74,30 +75,38 @@ def bench_eval(images: int = IMAGES) -> dict[str, Any]:
 
 
 def per_image_loop(
-    scores: torch.Tensor, rows: list[list[float]], right: list[list[bool]], costs: list[float], p: int
-) -> tuple[list[float], float, float]:
-    """The public method for one p, image by image: thresholds, accuracy and cost, on confidences [N, M]."""
+    scores: torch.Tensor, right: torch.Tensor, costs: list[float], p: int
+) -> tuple[torch.Tensor, float, float]:
+    """The public method for one p, image by image on tensors as the public code does: thresholds, accuracy and cost.
+
+    Args:
+        scores: confidence, [N, M].
+        right: whether an exit is right, bool [N, M].
+        costs: of an exit, M numbers.
+        p: of the sweep.
+    """
     images, exits = scores.shape
     weights = torch.exp(torch.log(torch.tensor([p / 20])) * torch.arange(1, exits + 1, dtype=torch.float32))
     shares = weights / weights.sum()
-    order = scores.sort(dim=0, descending=True, stable=True).indices.T.tolist()
-    left = [False] * images
-    thresholds = [math.inf] * (exits - 1) + [-math.inf]
+    order = scores.sort(dim=0, descending=True, stable=True).indices
+    left = torch.zeros(images, dtype=torch.bool)
+    thresholds = torch.full((exits,), math.inf)
+    thresholds[-1] = -math.inf
     for k in range(exits - 1):
         wanted, taken = math.floor(images * shares[k]), 0
-        for image in order[k]:
-            if not left[image]:
+        for place in range(images):
+            waiting = order[place, k]
+            if not left[waiting]:
                 taken += 1
                 if taken == wanted:
-                    thresholds[k] = rows[image][k]
+                    thresholds[k] = scores[waiting, k]
                     break
-        for image in range(images):
-            left[image] = left[image] or rows[image][k] >= thresholds[k]
+        left |= scores[:, k] >= thresholds[k]
     hits, spent = 0, 0.0
     for image in range(images):
         for k in range(exits):
-            if rows[image][k] >= thresholds[k]:
-                hits += right[image][k]
+            if scores[image, k] >= thresholds[k]:
+                hits += int(right[image, k])
                 spent += costs[k]
                 break
     return thresholds, hits / images, spent / images

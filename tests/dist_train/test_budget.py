@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dist_train import budget
+from dist_train.bench import eval as bench
 from dist_train.errors import ConfigError
 
 
@@ -126,6 +127,15 @@ def test_thresholds_do_not_part_ties_and_stand_off_from_every_confidence():
     right = np.array([[False, True], [True, False]])
     (row,) = budget.optimal(close, right, np.array([1.0, 2.0]), [2.0])
     assert budget.outcome(close, right, np.array([1.0, 2.0]), row).accuracy == 1
+
+
+def test_the_benchmark_compares_with_the_same_method():
+    scores, right, costs = problem(11, images=150, exits=4, levels=20)
+    for p, row in zip((3, 20, 33), budget.geometric(scores, (3, 20, 33))):
+        thresholds, accuracy, cost = bench.per_image_loop(torch.from_numpy(scores), torch.from_numpy(right), costs, p)
+        assert thresholds[:-1].tolist() == row[:-1].tolist()
+        result = budget.outcome(scores, right, costs, row)
+        assert (result.accuracy, result.cost) == (accuracy, pytest.approx(cost))
 
 
 def test_budgets_out_of_range_are_said_and_clamped_only_when_asked():
