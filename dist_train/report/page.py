@@ -85,13 +85,13 @@ def _budgets(report: Report) -> str:
     # Ten of a sweep are enough for a table.
     chosen = sorted({round(place * (len(points) - 1) / 9) for place in range(10)})
     rows = [
-        [f"{point.budget / 1e6:.2f} M", f"{point.cost / 1e6:.2f} M", _accuracy(point.top1, point.top1_interval)]
-        + [f"{100 * point.calibration_top1:.2f}"]
-        + [f"{100 * share:.1f}" for share in point.shares]
+        [
+            f"{point.budget / 1e6:.2f} M", f"{point.cost / 1e6:.2f} M", _accuracy(point.top1, point.top1_interval),
+            f"{100 * point.calibration_top1:.2f}", " | ".join(f"{100 * share:.1f}" for share in point.shares),
+        ]
         for point in (points[place] for place in chosen)
-    ]
-    leave = [f"exit {m} %" for m in range(1, len(report.exits) + 1)]
-    return _table(["budget", "spent", "top-1 %", "on calibration", *leave], rows)
+    ]  # fmt: skip
+    return _table(["budget", "spent", "top-1 %", "on calibration", "images that leave at exit 1 | 2 | ... %"], rows)
 
 
 def _confusions(report: Report) -> str:

@@ -79,7 +79,7 @@ def _accuracy(report: Report) -> Figure:
         _curve(axes, sweep, place, f"budgeted batch, {sweep.method} thresholds")
     _label(axes, "multiply-adds per image, in millions", "top-1 %")
     handles, labels = axes.get_legend_handles_labels()  # error bars come last
-    axes.legend([handles[-1], *handles[:-1]], [labels[-1], *labels[:-1]], frameon=False, loc="lower right")
+    _legend_below(figure, [handles[-1], *handles[:-1]], [labels[-1], *labels[:-1]])
     return figure
 
 
@@ -91,7 +91,7 @@ def _measures(report: Report) -> Figure | None:
     for place, sweep in enumerate(sweeps):
         _curve(axes, sweep, place, sweep.confidence)
     _label(axes, "multiply-adds per image, in millions", "top-1 %")
-    axes.legend(frameon=False, loc="lower right")
+    _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -172,7 +172,7 @@ def _classes(report: Report) -> Figure:
             label=f"exit {m + 1}",
         )
     _label(axes, "classes, every exit's from its worst to its best", "top-1 %")
-    axes.legend(frameon=False, loc="lower right", ncols=1 + exits // 8)
+    _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -258,6 +258,12 @@ def _figure(height: float, rows: int = 1, columns: int = 1, **shared: Any) -> tu
 def _label(axes: Any, x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
+
+
+def _legend_below(figure: Figure, handles: list[Any], labels: list[str]) -> None:
+    """Where it hides no point."""
+    columns = min(len(labels), 2 if max(map(len, labels)) > 15 else 6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _style(place: int) -> dict[str, Any]:
