@@ -105,7 +105,7 @@ def optimal(scores: Scores, right: Flags, costs: Floats, budgets: Sequence[float
     """
     search = _Search(scores, right, costs)
     pool = search.pool()
-    found: dict[float, _Candidate] = {}
+    found: dict[float, Scores] = {}
     best = min(pool, key=lambda candidate: candidate.spent)
     for budget in sorted(set(budgets)):
         limit = len(scores) * budget * (1 + 1e-9)
@@ -115,8 +115,8 @@ def optimal(scores: Scores, right: Flags, costs: Floats, budgets: Sequence[float
         starts += [min(above, key=lambda one: one.spent)] if above else []
         climbed = [search.climb(start, search.within(limit)) for start in starts]
         best = max(climbed, key=lambda one: (one.spent <= limit, one.hits, -one.spent))
-        found[budget] = best
-    return np.stack([found[budget].thresholds for budget in budgets])
+        found[budget] = search.settled(best.thresholds)
+    return np.stack([found[budget] for budget in budgets])
 
 
 def check_budgets(budgets: Sequence[float], costs: Floats, unit: str, clamp: bool) -> list[float]:
@@ -161,7 +161,7 @@ class _Search:
         late = np.full(self.exits, NEVER, dtype=np.float32)
         late[-1] = ALWAYS
         pool = [self.candidate(thresholds) for thresholds in [*geometric(self.scores), early, late]]
-        span = max(float(self.costs[-1] - self.costs[0]), np.finfo(float).tiny)
+        span = float(self.costs[-1] - self.costs[0]) or 1.0
         prices = np.geomspace(30, 0.003, PRICES) / span
         for start, path in ((pool[-2], prices), (pool[-1], prices[::-1])):
             for price in path:
@@ -180,7 +180,7 @@ class _Search:
                 place = int(values.argmax())
                 if values[place] > value + 1e-9:
                     thresholds = best.thresholds.copy()
-                    thresholds[k] = self.threshold(k, places, place)
+                    thresholds[k] = self.threshold(places, place)
                     best, value = _Candidate(thresholds, float(hits[place]), float(spent[place])), float(values[place])
             if value == before:
                 break
@@ -206,8 +206,18 @@ class _Search:
         hits[1:-1][np.diff(confidences) == 0] = -np.inf
         return confidences, hits, spent
 
-    def threshold(self, k: int, confidences: Scores, leaving: int) -> float:
-        """A threshold of exit k that lets the first ``leaving`` images of :meth:`cuts` leave and no other."""
+    def settled(self, thresholds: Scores) -> Scores:
+        """The same decisions by thresholds that are halfway between two confidences."""
+        moved: Scores = thresholds.copy()
+        waiting = np.ones(self.images, dtype=bool)
+        for k in range(self.exits - 1):
+            confidences = self.scores[self.order[k][waiting[self.order[k]]], k]
+            waiting &= self.scores[:, k] < thresholds[k]
+            moved[k] = self.threshold(confidences, int((confidences >= thresholds[k]).sum()))
+        return moved
+
+    def threshold(self, confidences: Scores, leaving: int) -> float:
+        """A threshold that lets the first ``leaving`` images of :meth:`cuts` leave and no other."""
         if leaving == 0:
             return NEVER
         if leaving == len(confidences):

@@ -21,6 +21,11 @@ p.words, footer { color: #505050; font-size: .88rem; margin: .2rem 0 } section {
 @media print { body { margin: 0; max-width: none; font-size: 10pt } .scroll { overflow: visible } td, th { padding: .15rem .4rem } }
 """
 
+COST_WORDS = (
+    "Per image, the exits before it included: multiply-adds of convolutions and matrix products; the public counter's, behind "
+    "the published axes; lazy, what the exit needs alone."
+)
+
 
 def page(report: Report, pictures: Sequence[Picture]) -> str:
     """The whole page: exits, budgets, pictures, confusions."""
@@ -31,9 +36,13 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
         f"<h1>{title}</h1><p class=words>{html.escape(facts)}</p>",
         *(f"<p class=words>{html.escape(note)}</p>" for note in report.notes),
         _section("Every exit", "All images leave at the exit; in brackets the 95 % interval.", _exits(report)),
+        _section("What an exit costs", COST_WORDS, _costs(report)),
     ]
     if report.calibration is not None:
-        words = "Optimal thresholds on the largest probability; a budget is multiply-adds per image on average."
+        words = (
+            "Optimal thresholds on the largest probability; a budget is multiply-adds per image on average. Where "
+            "accuracy is much higher on the calibration images, they are too few for the choice among thresholds."
+        )
         parts.append(_section("At a budget", words, _budgets(report)))
     for picture in pictures:
         source = base64.b64encode(picture.png).decode()
@@ -49,23 +58,26 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
 
 
 def _exits(report: Report) -> str:
-    rows = []
-    for m, (one, joint) in enumerate(zip(report.exits, report.ensemble)):
-        rows.append(
-            [
-                m + 1, *_costs(report, m), _accuracy(one.top1, one.top1_interval), f"{100 * one.top5:.2f}",
-                f"{one.loss:.4f}", f"{100 * one.ece:.2f}", _accuracy(joint.top1, joint.top1_interval), f"{100 * joint.ece:.2f}",
-            ]
-        )  # fmt: skip
-    time = ["ms"] if "milliseconds" in report.costs else []
-    head = ["exit", "multiply-adds", "public count", "lazy", "parameters", *time, "top-1 %", "top-5 %", "loss", "ECE %"]
-    return _table([*head, "with all before: top-1 %", "ECE %"], rows)
+    rows = [
+        [
+            m, _accuracy(one.top1, one.top1_interval), f"{100 * one.top5:.2f}", f"{one.loss:.4f}", f"{100 * one.ece:.2f}",
+            _accuracy(joint.top1, joint.top1_interval), f"{100 * joint.ece:.2f}",
+        ]
+        for m, (one, joint) in enumerate(zip(report.exits, report.ensemble), start=1)
+    ]  # fmt: skip
+    return _table(["exit", "top-1 %", "top-5 %", "loss", "ECE %", "with all before: top-1 %", "ECE %"], rows)
 
 
-def _costs(report: Report, m: int) -> list[str]:
-    counts = ("multiply_adds", "multiply_adds_public", "multiply_adds_lazy", "parameters")
-    texts = [f"{report.costs[name][m] / 1e6:.2f} M" for name in counts]
-    return texts + ([f"{report.costs['milliseconds'][m]:.2f}"] if "milliseconds" in report.costs else [])
+def _costs(report: Report) -> str:
+    names = {
+        "multiply_adds": "multiply-adds", "multiply_adds_public": "public count", "multiply_adds_lazy": "lazy",
+        "parameters": "parameters",
+    }  # fmt: skip
+    rows = [[m + 1, *(f"{report.costs[name][m] / 1e6:.2f} M" for name in names)] for m in range(len(report.exits))]
+    times = report.costs.get("milliseconds", [])
+    for row, milliseconds in zip(rows, times):
+        row.append(f"{milliseconds:.2f}")
+    return _table(["exit", *names.values(), *(["milliseconds"] if times else [])], rows)
 
 
 def _budgets(report: Report) -> str:
@@ -73,12 +85,13 @@ def _budgets(report: Report) -> str:
     # Ten of a sweep are enough for a table.
     chosen = sorted({round(place * (len(points) - 1) / 9) for place in range(10)})
     rows = [
-        [f"{point.budget / 1e6:.2f} M", f"{point.cost / 1e6:.2f} M", _accuracy(point.top1, point.top1_interval)]
-        + [f"{100 * share:.1f}" for share in point.shares]
+        [
+            f"{point.budget / 1e6:.2f} M", f"{point.cost / 1e6:.2f} M", _accuracy(point.top1, point.top1_interval),
+            f"{100 * point.calibration_top1:.2f}", " | ".join(f"{100 * share:.1f}" for share in point.shares),
+        ]
         for point in (points[place] for place in chosen)
-    ]
-    leave = [f"exit {m} %" for m in range(1, len(report.exits) + 1)]
-    return _table(["budget", "spent", "top-1 %", *leave], rows)
+    ]  # fmt: skip
+    return _table(["budget", "spent", "top-1 %", "on calibration", "images that leave at exit 1 | 2 | ... %"], rows)
 
 
 def _confusions(report: Report) -> str:

@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dist_train.report.accuracy import right
+from dist_train.report.accuracy import by_exit, right
 from dist_train.report.calibration import reliability
 from dist_train.report.diagnostics import SHOWN
 from dist_train.report.report import Report, Sweep
@@ -39,8 +39,9 @@ class Picture:
 def pictures(report: Report) -> list[Picture]:
     """All pictures that the report has data for."""
     drawn: list[tuple[str, str, str, Callable[[Report], Figure | None]]] = [
-        ("accuracy", "Accuracy against cost", "Every exit with its 95 % interval, the mean probabilities of every exit "
-         "and all before it, and budgeted batch by two ways of fitting thresholds.", _accuracy),
+        ("accuracy", "Accuracy against cost", "On the images that budgets are tested on: every exit with its 95 % "
+         "interval, the mean probabilities of every exit and all before it, and budgeted batch by two ways of fitting "
+         "thresholds.", _accuracy),
         ("measures", "Measures of confidence", "Budgeted batch with optimal thresholds, by the measure that decides who "
          "leaves.", _measures),
         ("shares", "Where images leave", "Share of the test images that leave at each exit, by budget, with optimal "
@@ -63,23 +64,22 @@ def pictures(report: Report) -> list[Picture]:
 def _accuracy(report: Report) -> Figure:
     figure, (axes,) = _figure(4.4)
     costs = np.array(report.costs["multiply_adds"]) / 1e6
-    top1 = np.array([one.top1 for one in report.exits])
-    intervals = np.array([one.top1_interval for one in report.exits])
+    tested = by_exit(report.test)
+    top1 = np.array([one.top1 for one in tested])
+    intervals = np.array([one.top1_interval for one in tested])
     errors = np.abs(intervals - top1[:, None]).T
     axes.errorbar(costs, 100 * top1, 100 * errors, **_style(0), capsize=3, label="exit, all images leave there")
-    axes.plot(costs, [100 * one.top1 for one in report.ensemble], **_style(1), label="mean of it and all before")
-    wanted = {("optimal", 2), ("geometric", 3)}
-    for sweep in report.sweeps:
-        for method, place in wanted:
-            if (sweep.method, sweep.measure, sweep.temperatures, sweep.cost) == (
-                method,
-                "max_probability",
-                None,
-                "multiply_adds",
-            ):
-                _curve(axes, sweep, place, f"budgeted batch, {method} thresholds")
+    axes.plot(
+        costs,
+        [100 * one.top1 for one in by_exit(report.test, ensemble=True)],
+        **_style(1),
+        label="mean of it and all before",
+    )
+    for place, sweep in enumerate(report.sweeps[:2], start=2):  # the largest probability against multiply-adds
+        _curve(axes, sweep, place, f"budgeted batch, {sweep.method} thresholds")
     _label(axes, "multiply-adds per image, in millions", "top-1 %")
-    axes.legend(frameon=False, loc="lower right")
+    handles, labels = axes.get_legend_handles_labels()  # error bars come last
+    _legend_below(figure, [handles[-1], *handles[:-1]], [labels[-1], *labels[:-1]])
     return figure
 
 
@@ -91,7 +91,7 @@ def _measures(report: Report) -> Figure | None:
     for place, sweep in enumerate(sweeps):
         _curve(axes, sweep, place, sweep.confidence)
     _label(axes, "multiply-adds per image, in millions", "top-1 %")
-    axes.legend(frameon=False, loc="lower right")
+    _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -172,7 +172,7 @@ def _classes(report: Report) -> Figure:
             label=f"exit {m + 1}",
         )
     _label(axes, "classes, every exit's from its worst to its best", "top-1 %")
-    axes.legend(frameon=False, loc="lower right", ncols=1 + exits // 8)
+    _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -258,6 +258,12 @@ def _figure(height: float, rows: int = 1, columns: int = 1, **shared: Any) -> tu
 def _label(axes: Any, x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
+
+
+def _legend_below(figure: Figure, handles: list[Any], labels: list[str]) -> None:
+    """Where it hides no point."""
+    columns = min(len(labels), 2 if max(map(len, labels)) > 15 else 6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _style(place: int) -> dict[str, Any]:
