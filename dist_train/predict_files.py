@@ -253,7 +253,8 @@ def policy_for_budget(path: str | Path, budget: str) -> Thresholds:
         )
     checkpoint_path = checkpoint.resolve(path)
     file = checkpoint_path.parent.parent / "report.json"
-    remedy = f"make it with `dist-train eval {path}`"
+    in_time = match[2] == "ms"
+    remedy = f"make it with `dist-train eval {path}{' --milliseconds' if in_time else ''}`"
     try:
         report = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -262,7 +263,7 @@ def policy_for_budget(path: str | Path, budget: str) -> Thresholds:
     if report.get("step") != step:
         raise CheckpointError(f"{file}: is of step {report.get('step')}, the checkpoint of step {step}; {remedy}")
     groups = report.get("budgeted", [])
-    kinds = ("milliseconds",) if match[2] == "ms" else COSTS
+    kinds = ("milliseconds",) if in_time else COSTS
     kind = next((kind for kind in kinds if any(group["cost"] == kind for group in groups)), None)
     points = [(point, group) for group in groups if group["cost"] == kind for point in group["points"]]
     if not points:
