@@ -232,7 +232,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def policy_for_budget(path: str | Path, budget: str) -> Thresholds:
-    """The thresholds of report.json whose average cost is within a budget, and whose accuracy is the best among those.
+    """The thresholds of report.json whose average cost is within a budget, and that were best on the calibration images.
 
     Args:
         path: run folder or checkpoint.
@@ -274,7 +274,7 @@ def policy_for_budget(path: str | Path, budget: str) -> Thresholds:
         raise ConfigError(
             f"--budget is {budget}, but the cheapest point of {file} costs {cheapest:.4g} {kind}; give at least that"
         )
-    point, group = max(within, key=lambda entry: (entry[0]["top1"], -entry[0]["cost"]))
+    point, group = max(within, key=lambda entry: (entry[0]["calibration_top1"], -entry[0]["cost"]))
     values = [float("inf") if value is None else value for value in point["thresholds"]]
     return Thresholds(values, group["measure"], group.get("temperatures"))
 

@@ -140,7 +140,7 @@ def test_unreadable_images_are_named_and_the_rest_go_on(run, photos, tmp_path, c
 
 def report(folder, step=7, **changes):
     group = {"method": "optimal", "measure": "margin", "temperatures": None, "cost": "multiply_adds", "calibration": "val",
-             "points": [{"budget": b, "cost": c, "top1": t, "thresholds": [h, None, 0.0]}
+             "points": [{"budget": b, "cost": c, "calibration_top1": t, "thresholds": [h, None, 0.0]}
                         for b, c, t, h in ((1e5, 0.9e5, 0.5, 0.0), (2e5, 1.9e5, 0.8, 0.2), (3e5, 2.8e5, 0.7, 0.4))]}  # fmt: skip
     content = {"format": 2, "step": step, "exits": [], "budgeted": [group | changes]}
     (folder / "report.json").write_text(json.dumps(content))
