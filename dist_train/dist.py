@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but torch does not list it
 
 from dist_train.errors import ConfigError
 
@@ -88,6 +90,30 @@ def _place_of_core(cpu: int) -> tuple[int, int, int]:
     return package, core, cpu
 
 
+@contextlib.contextmanager
+def launcher_variables(ranks: Ranks) -> Iterator[None]:
+    """The variables that a launcher sets, for what reads them: DeepSpeed does, even where the group exists already.
+
+    They are taken back, because processes that this one starts later would take themselves for its ranks.
+    """
+    wanted = {
+        "RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.world_size),
+        "LOCAL_RANK": str(ranks.local_rank),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", "0"),
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
 class Group:
     """The process group of a run; the runs of a process share one.
 
@@ -103,19 +129,18 @@ class Group:
         timeout = timedelta(minutes=timeout_minutes)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        # DeepSpeed reads the variables even where the group exists already.
-        os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if ranks.world_size == 1:
-            os.environ.setdefault("MASTER_PORT", str(free_port()))
-        if "MASTER_PORT" not in os.environ:
+        if ranks.world_size > 1 and "MASTER_PORT" not in os.environ:
             raise ConfigError(
                 f"WORLD_SIZE is {ranks.world_size} but MASTER_PORT is not set; start with python -m launch.local"
             )
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if not dist.is_initialized():
             # Kept until the process ends: DeepSpeed holds on to the group, and a second one would hang in it.
-            dist.init_process_group(backend, timeout=timeout)
+            if ranks.world_size == 1:
+                dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
+            else:
+                with launcher_variables(ranks):
+                    dist.init_process_group(backend, timeout=timeout)
             atexit.register(_leave)
         self._control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dist_train.config import Config, accumulation
-from dist_train.dist import Group
+from dist_train.dist import Group, launcher_variables
 from dist_train.errors import ConfigError
 from dist_train.models.parts import exit_parts, is_in
 from dist_train.optim import AveragedWeights, build_optimizer, state_names
@@ -333,5 +333,6 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Conf
         deepspeed.utils.logger.setLevel(logging.ERROR)
         # On a CPU DeepSpeed would compile a shared-memory reduction at start: half a minute, and a compiler needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        with launcher_variables(group.ranks):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
