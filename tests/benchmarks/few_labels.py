@@ -37,7 +37,7 @@ def arms(kind: str, out: Path, images: str | None) -> tuple[Path, dict[str, list
             "labels and unlabeled images, distilled": [*semi, "--loss.teachers", "last"],
         }
     shards(out / "few", "folder", images or "", "--per-class", "150", "--val-per-class", "50")
-    common = f"--data.shards {out / 'few'} --data.val test --train.epochs 20".split()
+    common = f"--data.shards {out / 'few'} --data.val test --train.epochs 150".split()
     common += ["--train.global_batch", "50", "--train.micro_batch", "50"]
     return ROOT / "configs" / "cifar10_laptop.yaml", {
         "labels alone": [*common, "--loss.teachers", "none"],
