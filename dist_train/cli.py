@@ -125,6 +125,7 @@ def _eval(arguments: list[str]) -> int:
     parser.add_argument("--milliseconds", action="store_true", help="also budgets in measured time, an image at a time")
     parser.add_argument("--out", metavar="FOLDER", help="folder to write to (default: the run folder)")
     known = parser.parse_args(arguments)
+    from dist_train.dist import Ranks
     from dist_train.report.evaluate import evaluate
     from dist_train.report.output import check_writable, log_to_run, parse_budgets, summary, write
 
@@ -132,7 +133,7 @@ def _eval(arguments: list[str]) -> int:
     check_writable(known.run, known.out)
     report = evaluate(known.run, known.split, known.shards, known.calibration, known.milliseconds)
     shown = report.budgeted(budgets, clamp=known.clamp) if budgets else None
-    if os.environ.get("RANK", "0") == "0":
+    if Ranks.from_env().rank == 0:
         print(summary(report, shown))
         files = write(report, known.out)
         print("\n".join(log_to_run(report, files, known.out)))

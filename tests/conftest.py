@@ -86,6 +86,25 @@ def command():
     return run
 
 
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """`refused(verb, *arguments)`: the one line that dist-train says before it exits with 2, without a process group."""
+
+    def run(*arguments):
+        from dist_train import cli
+        from dist_train.dist import Group
+
+        with monkeypatch.context() as patch:
+            patch.delattr(Group, "__init__")
+            assert cli.run([str(argument) for argument in arguments]) == 2
+        captured = capsys.readouterr()
+        said = captured.err + captured.out
+        assert said.count("\n") == 1, said
+        return said
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """Shards of scikit-learn's handwritten digits."""

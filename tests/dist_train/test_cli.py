@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from dist_train import cli
 from dist_train.config_file import dump_config, make_config
@@ -38,20 +37,10 @@ def own_shards(digits, tmp_path):
     return Path(shutil.copytree(digits, tmp_path / "shards"))
 
 
-def refused(capsys, *arguments):
-    """The one line that a command says before it exits with 2."""
-    assert cli.run([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    said = captured.err + captured.out
-    assert said.count("\n") == 1, said
-    assert not dist.is_initialized()
-    return said
-
-
 @pytest.mark.parametrize("verb", ["train", "plan"])
-def test_configurations_that_cannot_run_are_refused(config, tmp_path, capsys, verb):
+def test_configurations_that_cannot_run_are_refused(config, tmp_path, refused, verb):
     def said(*overrides):
-        return refused(capsys, verb, config, *overrides)
+        return refused(verb, config, *overrides)
 
     assert "train.global_batch is 48" in said("--train.global_batch", 48)
     assert "use 32 or 64" in said("--train.global_batch", 48)
@@ -66,23 +55,23 @@ def test_configurations_that_cannot_run_are_refused(config, tmp_path, capsys, ve
     assert "is a file" in said("--runs", tmp_path / "file")
 
 
-def test_shards_that_do_not_match_their_index_are_refused(config, own_shards, capsys):
+def test_shards_that_do_not_match_their_index_are_refused(config, own_shards, refused):
     shard = own_shards / "train" / "shard-000000.tar"
     content = shard.read_bytes()
     shard.write_bytes(content[:-512])
-    assert "shard-000000.tar" in refused(capsys, "train", config, "--data.shards", own_shards)
+    assert "shard-000000.tar" in refused("train", config, "--data.shards", own_shards)
     shard.write_bytes(content[:5000] + b"X" + content[5001:])
-    assert "SHA-256" in refused(capsys, "train", config, "--data.shards", own_shards)
+    assert "SHA-256" in refused("train", config, "--data.shards", own_shards)
     shard.unlink()
-    assert "shard-000000.tar" in refused(capsys, "train", config, "--data.shards", own_shards)
+    assert "shard-000000.tar" in refused("train", config, "--data.shards", own_shards)
 
 
-def test_a_label_outside_of_the_classes_is_refused(config, own_shards, capsys):
+def test_a_label_outside_of_the_classes_is_refused(config, own_shards, refused):
     path = own_shards / "train" / "index.json"
     index = json.loads(path.read_text())
     index["classes"].pop()
     path.write_text(json.dumps(index))
-    said = refused(capsys, "train", config, "--data.shards", own_shards)
+    said = refused("train", config, "--data.shards", own_shards)
     assert "label 9, allowed are 0 to 8" in said
 
 
@@ -90,14 +79,14 @@ def trained(config, *overrides):
     return cli.run(["train", str(config), *overrides])
 
 
-def test_a_checkpoint_of_another_network_or_other_data_is_refused(config, own_shards, digits, ranks, capsys, tmp_path):
+def test_a_checkpoint_of_another_network_or_other_data_is_refused(config, own_shards, digits, ranks, refused, tmp_path):
     assert ranks(trained, 1, config) == [0]
-    assert "model.growth 2 -> 3" in refused(capsys, "train", config, "--model.growth", 3)
-    assert "seed 0 -> 1" in refused(capsys, "train", config, "--seed", 1)
+    assert "model.growth 2 -> 3" in refused("train", config, "--model.growth", 3)
+    assert "seed 0 -> 1" in refused("train", config, "--seed", 1)
     shutil.rmtree(own_shards / "train")
     shutil.copytree(own_shards / "val", own_shards / "train")
-    assert "other data" in refused(capsys, "train", config, "--data.shards", own_shards)
-    assert "no checkpoint here" in refused(capsys, "eval", tmp_path)
+    assert "other data" in refused("train", config, "--data.shards", own_shards)
+    assert "no checkpoint here" in refused("eval", tmp_path)
 
 
 def test_what_is_evaluated_later_is_what_training_said(config, ranks, command, tmp_path):
@@ -150,9 +139,9 @@ def test_help_lists_every_field(command):
     assert all(f"--{key} " in shown.stdout for key, _, _ in describe_fields())
 
 
-def test_verbs(command, capsys):
+def test_verbs(command, refused):
     assert "use one of plan, train, eval, predict, convert, compare, study, sync, bench, doctor" in refused(
-        capsys, "trian", "x.yaml"
+        "trian", "x.yaml"
     )
     shown = command("dist_train", "doctor")
     assert shown.returncode == 0, shown.stdout

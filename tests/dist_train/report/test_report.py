@@ -14,10 +14,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
-from dist_train import cli
 from dist_train.report.samples import Table
 from dist_train.report.split import balanced
 from shards.index import Index
@@ -198,27 +196,23 @@ def test_another_split_for_calibration(run_folder, digits, ranks, tmp_path):
     assert np.bincount(result.calibration.labels).tolist() == [counts.min()] * 10
 
 
-def test_bad_input_is_one_line(run_folder, digits, capsys, tmp_path):
-    def refused(*arguments):
-        assert cli.run(["eval", *map(str, arguments)]) == 2
-        captured = capsys.readouterr()
-        said = captured.err + captured.out
-        assert said.count("\n") == 1, said
-        assert not dist.is_initialized()
-        return said
-
+def test_bad_input_is_one_line(run_folder, digits, refused, tmp_path):
     shards = shutil.copytree(digits, tmp_path / "shards")
     shutil.copytree(shards / "val", shards / "again")
-    assert "no checkpoint here; give a run folder" in refused(tmp_path)
-    assert "--calibration val is the split that is tested" in refused(run_folder, "--calibration", "val")
-    assert "--calibration train is what the network was trained on" in refused(run_folder, "--calibration", "train")
-    assert "no such folder of shards" in refused(run_folder, "--calibration", "kept")
-    said = refused(run_folder, "--shards", shards, "--calibration", "again")
+    assert "no checkpoint here; give a run folder" in refused("eval", tmp_path)
+    assert "--calibration val is the split that is tested" in refused("eval", run_folder, "--calibration", "val")
+    assert "--calibration train is what the network was trained on" in refused(
+        "eval", run_folder, "--calibration", "train"
+    )
+    assert "no such folder of shards" in refused("eval", run_folder, "--calibration", "kept")
+    said = refused("eval", run_folder, "--shards", shards, "--calibration", "again")
     assert "360 images of again are in val as well" in said
-    assert "360 images of val are in again as well" in refused(run_folder, "--shards", shards, "--split", "again")
-    assert "--budgets has 'lots'; give multiply-adds" in refused(run_folder, "--budgets", "1M,lots")
+    assert "360 images of val are in again as well" in refused(
+        "eval", run_folder, "--shards", shards, "--split", "again"
+    )
+    assert "--budgets has 'lots'; give multiply-adds" in refused("eval", run_folder, "--budgets", "1M,lots")
     (tmp_path / "file").write_text("")
-    assert "cannot be written; give another folder" in refused(run_folder, "--out", tmp_path / "file")
+    assert "cannot be written; give another folder" in refused("eval", run_folder, "--out", tmp_path / "file")
 
 
 def test_a_budget_out_of_range_is_said_before_anything_is_written(run_folder, command, tmp_path):
