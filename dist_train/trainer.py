@@ -103,7 +103,7 @@ class Trainer:
         group.enter("DALI")
         self.evaluator = Evaluator(
             copy.deepcopy(ready.model),
-            self._loader(ready, training=False),
+            Loader.of_run(config, ready.val, config.data.val, group, train=False),
             group,
             self.criterion,
             config.train.precision,
@@ -118,7 +118,7 @@ class Trainer:
             self._restore(snapshot)
         self.nonfinite = NonFinite(config.faults.max_nonfinite, self.position.nonfinite)
         group.enter("DALI")
-        self.loader = self._loader(ready, training=True)
+        self.loader = Loader.of_run(config, ready.train, config.data.train, group, train=True)
         self.metrics = MetricsFile(config.folder / "metrics.jsonl")
         self.tracker: Tracker | None = None
         hosts = group.gather(socket.gethostname())
@@ -377,22 +377,6 @@ class Trainer:
     def _at_end(self) -> bool:
         limit = self.config.train.max_steps
         return self.position.batch >= self.total_batches or (limit is not None and self.position.step >= limit)
-
-    def _loader(self, ready: Preflight, training: bool) -> Loader:
-        train = self.config.train
-        return Loader(
-            ready.train if training else ready.val,
-            self.config.data.location(self.config.data.train if training else self.config.data.val),
-            self.config.data,
-            train=training,
-            seed=self.config.seed,
-            global_batch=train.global_batch,
-            micro_batch=train.micro_batch,
-            rank=self.rank,
-            world_size=self.group.ranks.world_size,
-            device=self.group.device,
-            threads=self.config.data.threads or self.group.ranks.threads,
-        )
 
     def _open_folder(self) -> None:
         folder = self.config.folder

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.config import DataConfig
+from dist_train.config import Config, DataConfig
 from dist_train.data import order
 from dist_train.data.augment import parameters
 from dist_train.data.decode import Columns, Decoder
 from dist_train.data.mix import mix
 from dist_train.data.reader import ShardReader
 from dist_train.data.remote import ShardCache
+from dist_train.dist import Group
 from dist_train.errors import DataError
 from dist_train.loss import LabelMix
 from shards.index import UNLABELED, Index
@@ -137,6 +138,16 @@ class Loader:
         steps = tuple(self._parameters(self._order[:1]))
         self._decoder = Decoder(data, steps, micro_batch, device, threads, depth=data.prefetch)
         self._spare = Decoder(data, steps, 1, device, threads=1, depth=1)
+
+    @classmethod
+    def of_run(cls, config: Config, index: Index, split: str, group: Group, *, train: bool) -> Loader:
+        """The loader of a split for this rank of a run, as the run's configuration wants it."""
+        ranks = group.ranks
+        return cls(
+            index, config.data.location(split), config.data, train=train, seed=config.seed,
+            global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, rank=ranks.rank,
+            world_size=ranks.world_size, device=group.device, threads=config.data.threads or ranks.threads,
+        )  # fmt: skip
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:
         """The global batches of a training epoch from ``start_batch`` on.

@@ -59,21 +59,22 @@ def evaluate(
             shares images with the split, or a network that gives no numbers.
     """
     path, folder = checkpoint.resolve(path), checkpoint.run_folder(checkpoint.resolve(path))
-    state, config = checkpoint.read_state(path)
-    data = DataConfig.model_validate(config.data.model_dump() | ({"shards": shards} if shards else {}))
+    state, trained = checkpoint.read_state(path)
+    data = DataConfig.model_validate(trained.data.model_dump() | ({"shards": shards} if shards else {}))
+    config = trained.model_copy(update={"data": data})
     split = split or data.val
     index = _open(data, split, state.classes, path)
-    fitting = _choose_calibration(data, config.data, split, index, calibration, state.classes, path)
+    fitting = _choose_calibration(data, trained.data, split, index, calibration, state.classes, path)
     ranks = Ranks.from_env()
     model = checkpoint.load_model(path)
     group = Group(ranks, config.faults.group_minutes)
     model = model.to(group.device).eval()
-    samples = _measure(model, index, data, split, config, group)
+    samples = _measure(model, index, split, config, group)
     if fitting.index is None:
         held = torch.isin(torch.from_numpy(samples.ids), torch.from_numpy(fitting.ids)).numpy()
         fitted, test = samples.select(held), samples.select(~held)
     else:
-        fitted = _measure(model, fitting.index, data, fitting.split, config, group)
+        fitted = _measure(model, fitting.index, fitting.split, config, group)
         fitted, test = (
             fitted.select(torch.isin(torch.from_numpy(fitted.ids), torch.from_numpy(fitting.ids)).numpy()),
             samples,
@@ -138,16 +139,11 @@ def _choose_calibration(
 
 
 @torch.inference_mode()
-def _measure(model: nn.Module, index: Index, data: DataConfig, split: str, config: Config, group: Group) -> Samples:
+def _measure(model: nn.Module, index: Index, split: str, config: Config, group: Group) -> Samples:
     """Every image of a split once, reduced to its rows; all ranks must call."""
     from dist_train.data.pipeline import Loader
 
-    ranks = group.ranks
-    loader = Loader(
-        index, data.location(split), data, train=False, seed=config.seed, global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch, rank=ranks.rank, world_size=ranks.world_size, device=group.device,
-        threads=data.threads or ranks.threads,
-    )  # fmt: skip
+    loader = Loader.of_run(config, index, split, group, train=False)
     table = Table(len(index))
     try:
         for micro in loader.evaluation():
