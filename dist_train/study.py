@@ -1,4 +1,7 @@
-"""``dist-train study``: a grid of runs, trained one after the other, that goes on where it ended and ends in one comparison."""
+"""``dist-train study``: a grid of runs, trained one after the other or as a SLURM array, that goes on where it ended.
+
+It ends in one comparison.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +28,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from dist_train.compare.grouping import NEUTRAL
 from dist_train.config import Natural, Positive, Section
 from dist_train.config_file import changed_fields, explain, load_config, make_config, parse_yaml, plain
-from dist_train.errors import ConfigError, DataError
+from dist_train.errors import ConfigError, DataError, SlurmError
 
 STOPPED = 75
 """Exit code of a study that was asked to stop, as of a run: the same command goes on."""
@@ -65,7 +69,7 @@ class StudyConfig(Section):
     runs: Path = Path("runs")
     """Folder in which the study's folder lies."""
     processes: Positive = 1
-    """Processes of every run on this machine."""
+    """Processes of every run on this machine; on a cluster the section slurm of the configuration says it."""
     prepare: tuple[Prepared, ...] = ()
     """Commands that make the data."""
     set: dict[str, Any] = Field(default_factory=dict)
@@ -169,19 +173,26 @@ def finished(study: StudyConfig, cell: Cell) -> bool:
 
 
 def run(arguments: list[str]) -> int:
-    """Train what is missing, then compare; 0, 1 where a cell failed, 75 when asked to stop, or UserError."""
+    """Train or submit what is missing, then compare; 0, 1 where a cell failed, 75 when asked to stop, or UserError."""
     parser = argparse.ArgumentParser(
         "dist-train study", description="Train a grid of runs, and compare them; the same command goes on.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("study", metavar="STUDY", help="YAML file, see configs/study_*.yaml")
     parser.add_argument("--show", action="store_true", help="list the cells and what is missing; train nothing")
+    parser.add_argument(
+        "--slurm",
+        action="store_true",
+        help="submit what is missing as one SLURM array, by the section slurm of the configuration; else compare",
+    )
     known = parser.parse_args(arguments)
     study = load_study(known.study)
     grid = cells(study)
     if known.show:
+        jobs = _jobs(study, grid)
         for cell in grid:
-            print(f"{'finished' if finished(study, cell) else 'missing':<8}  {cell.name}")
+            waits = f"queued or running as job {jobs[cell.name]}" if cell.name in jobs else "missing"
+            print(f"{'finished' if finished(study, cell) else waits:<8}  {cell.name}")
         return 0
     study.folder.mkdir(parents=True, exist_ok=True)
     with (study.folder / "lock").open("w") as lock:
@@ -191,8 +202,16 @@ def run(arguments: list[str]) -> int:
             raise DataError(
                 f"{study.folder}: this study is running already (or a run that it started is); wait for it, or stop it"
             ) from None
-        _prepare(study)
-        status = Trainings(study, lock.fileno()).all(grid)
+        if known.slurm:
+            if _submit(study, grid):
+                return 0
+            status = 0
+        else:
+            if jobs := _jobs(study, grid):
+                name, job = next(iter(jobs.items()))
+                raise SlurmError(f"cell {name}: job {job} works on it; give --slurm as well, or scancel {job}")
+            _prepare(study)
+            status = Trainings(study, lock.fileno()).all(grid)
     if status != STOPPED:
         _compare(study, grid, shlex.join(["dist-train", "study", *arguments]))
     return status
@@ -225,13 +244,13 @@ class Trainings:
                 return STOPPED
             if status or not finished(self.study, cell):
                 failed += 1
-                print(f"failed ({_last_line(self._output(cell))}); see {self._output(cell)}", flush=True)
+                print(f"failed ({_last_line(_output(self.study, cell))}); see {_output(self.study, cell)}", flush=True)
             else:
                 print(f"{_result(self.study, cell)}, {time.monotonic() - start:.0f} s", flush=True)
         return 1 if failed else 0
 
     def _one(self, cell: Cell) -> int:
-        output = self._output(cell)
+        output = _output(self.study, cell)
         output.parent.mkdir(exist_ok=True)
         command = [
             sys.executable, "-m", "launch.local", "-n", str(self.study.processes), str(self.study.config), *cell.overrides,
@@ -249,13 +268,63 @@ class Trainings:
                 if self.stopping:
                     self.child.send_signal(signal.SIGTERM)
 
-    def _output(self, cell: Cell) -> Path:
-        return self.study.folder / "output" / f"{cell.name}.txt"
-
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
         if self.child and self.child.poll() is None:
             self.child.send_signal(signal.SIGTERM)
+
+
+def _submit(study: StudyConfig, grid: Sequence[Cell]) -> bool:
+    """Submit the cells that are neither finished nor queued or running; false when all are finished."""
+    from launch import cluster, submission
+
+    cluster.require("leave out --slurm to train here, or give the command where SLURM is")
+    jobs = _jobs(study, grid)
+    missing = [cell for cell in grid if not finished(study, cell) and cell.name not in jobs]
+    failed = {
+        cell.name: f"failed ({_last_line(output)}; see {output.resolve()}); "
+        for cell in missing
+        if (output := _output(study, cell)).is_symlink()
+    }
+    submitted: dict[str, str] = {}
+    if missing:
+        _prepare(study)
+        configs = [load_config(study.config, *cell.overrides) for cell in missing]
+        submission.check(configs)
+        # No MLflow run is their parent yet: the comparison will be, as it is without SLURM.
+        for cell, one in zip(missing, submission.submit(configs, study.folder, command=None)):
+            submitted[cell.name] = one.job
+            output = _output(study, cell)
+            output.parent.mkdir(exist_ok=True)
+            output.unlink(missing_ok=True)
+            output.symlink_to(one.log)
+    for number, cell in enumerate(grid, start=1):
+        if cell.name in submitted:
+            what = f"{failed.get(cell.name, '')}submitted as job {submitted[cell.name]}"
+        else:
+            what = f"queued or running as job {jobs[cell.name]}" if cell.name in jobs else "finished before"
+        print(f"[{number}/{len(grid)}] {cell.label}, seed {cell.seed}: {what}")
+    working = {job.partition("_")[0] for job in (*jobs.values(), *submitted.values())}
+    if working:
+        print(f"\nfollow      tail -F {study.folder / 'output'}/*.txt\ncancel      scancel {' '.join(sorted(working))}")
+        print("then        the same command submits what has failed, and compares the cells when all are finished")
+    return bool(working)
+
+
+def _jobs(study: StudyConfig, grid: Sequence[Cell]) -> dict[str, str]:
+    """The SLURM jobs that the study's cells wait in or are trained by, by the cells' names."""
+    if not (study.folder / "slurm").exists() or not shutil.which("squeue"):
+        return {}
+    from launch import cluster
+
+    jobs = cluster.jobs()
+    folders = {cell.name: (study.folder / cell.name).resolve() for cell in grid if not finished(study, cell)}
+    return {name: jobs[folder] for name, folder in folders.items() if folder in jobs}
+
+
+def _output(study: StudyConfig, cell: Cell) -> Path:
+    """What the training of a cell has said: a file, or a link to the log of a SLURM job."""
+    return study.folder / "output" / f"{cell.name}.txt"
 
 
 def _compare(study: StudyConfig, grid: Sequence[Cell], command: str) -> None:
@@ -320,5 +389,6 @@ def _result(study: StudyConfig, cell: Cell) -> str:
 
 
 def _last_line(path: Path) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "no output"

@@ -16,6 +16,9 @@ ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
 }  # fmt: skip
 
+ELEMENTS = ".elements"
+"""Ending of a file with the run folders of an array, in the order of its elements."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -31,6 +34,12 @@ class Partition:
 
 class Unanswered(SlurmError):
     """One of SLURM's commands failed, or the controller was away."""
+
+
+def require(instead: str) -> None:
+    """Raise SlurmError, which says what to do instead, where SLURM is not on this machine."""
+    if shutil.which("sbatch") is None:
+        raise SlurmError(f"sbatch is not on this machine; {instead}")
 
 
 def ask(*words: str) -> str:
@@ -92,10 +101,24 @@ def job(number: str) -> dict[str, str]:
     return fields
 
 
+def jobs() -> dict[Path, str]:
+    """The numbers of the user's jobs, waiting or running, by the folder that each says in its comment to work on.
+
+    The comment of an array is a file with one folder per element, until an element says its own.
+    """
+    found: dict[Path, str] = {}
+    for line in ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--array", "--format=%i|%k").splitlines():
+        number, _, comment = line.strip().partition("|")
+        folder = Path(comment)
+        if folder.suffix == ELEMENTS and folder.is_file():
+            folder = Path(folder.read_text().splitlines()[int(number.rpartition("_")[2])])
+        found[folder] = number
+    return found
+
+
 def job_on(folder: Path) -> str | None:
-    """The number of the user's job, waiting or running, that says in its comment that it works on this run folder."""
-    lines = ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--array", "--format=%i|%k").splitlines()
-    return next((line.partition("|")[0] for line in lines if line.partition("|")[2].strip() == str(folder)), None)
+    """The number of the user's job, waiting or running, that works on this folder."""
+    return jobs().get(folder)
 
 
 def hosts(nodelist: str) -> list[str]:

@@ -86,13 +86,13 @@ def _submit(known: argparse.Namespace, overrides: list[str]) -> int:
     from launch import follow, submission
 
     configs = submission.configs_of(known.config, overrides, known.sweep or [])
-    name = load_config(known.config, *overrides).name
+    folder = load_config(known.config, *overrides).folder
     submission.check(configs)
     if known.dry_run:
-        print(submission.script(configs, name))
+        print(submission.script(configs, folder))
         return 0
     command = shlex.join(["python", "-m", "launch.slurm", *sys.argv[1:]])
-    jobs = submission.submit(configs, name, command)
+    jobs = submission.submit(configs, folder, command)
     _announce(jobs)
     return follow.follow(jobs) if known.follow else 0
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 
 from dist_train.config import Config, SlurmConfig
 from dist_train.config_file import dump_config, load_config
-from dist_train.errors import ConfigError, SlurmError, TrackingError
+from dist_train.errors import ConfigError, SlurmError, TrackingError, UserError
 from launch import allocation, cluster
 
 NODE_LOCAL = ("tmpfs", "ramfs", "devtmpfs")
@@ -59,59 +60,86 @@ def configs_of(path: str, overrides: Sequence[str], sweep: Sequence[str]) -> lis
 
 def check(configs: Sequence[Config]) -> None:
     """Check the runs as preflight does, and the job against the cluster; raises UserError for the first thing wrong."""
+    slurm = configs[0].slurm
+    partition = _check_partition(slurm)
+    jobs = cluster.jobs()
+    for config in configs:
+        if config.slurm != slurm:
+            raise ConfigError(
+                f"{configs[0].name} and {config.name} differ in the section slurm; the runs of an array share one, "
+                "submit them one by one"
+            )
+        try:
+            _check_run(config, partition, jobs)
+        except UserError as error:
+            raise type(error)(f"{config.name}: {error}") if len(configs) > 1 else error from None
+
+
+def _check_run(config: Config, partition: cluster.Partition, jobs: Mapping[Path, str]) -> None:
     from dist_train.dist import Ranks
     from dist_train.preflight import preflight
 
-    slurm = configs[0].slurm
-    partition = _check_partition(slurm)
-    for config in configs:
-        # What a GPU can do is found out on the nodes: here there may be none.
-        train = config.train.model_copy(update={"precision": "fp32", "sync_bn": False} if slurm.gpus_per_node else {})
-        world = slurm.nodes * slurm.tasks
-        preflight(config.model_copy(update={"train": train}), Ranks(0, world, 0, slurm.tasks))
-        other = cluster.job_on(config.folder.resolve())
-        if other is not None:
-            raise SlurmError(
-                f"{config.name}: job {other} works on {config.folder}; scancel {other}, or set another --name"
-            )
-        _check_folder(config.folder.resolve(), partition)
+    slurm, folder = config.slurm, config.folder.resolve()
+    # What a GPU can do is found out on the nodes: here there may be none.
+    train = config.train.model_copy(update={"precision": "fp32", "sync_bn": False} if slurm.gpus_per_node else {})
+    preflight(config.model_copy(update={"train": train}), Ranks(0, slurm.nodes * slurm.tasks, 0, slurm.tasks))
+    if folder in jobs:
+        raise SlurmError(f"job {jobs[folder]} works on {config.folder}; scancel {jobs[folder]}, or set another --name")
+    _check_folder(folder, partition)
 
 
-def script(configs: Sequence[Config], name: str) -> str:
+def script(configs: Sequence[Config], folder: Path) -> str:
     """The batch script that :func:`submit` gives to sbatch."""
-    executor = _executor(configs, name)
+    executor = _executor(configs, folder)
     if len(configs) > 1:
         executor.parameters["map_count"] = len(configs)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
 
 
-def submit(configs: Sequence[Config], name: str, command: str) -> list[Submitted]:
-    """Submit one job, an array for a sweep, whose runs are then children of one MLflow run; the configurations are kept.
+def submit(configs: Sequence[Config], folder: Path, command: str | None) -> list[Submitted]:
+    """Submit one job, an array where there are several runs; the configurations are kept.
+
+    Args:
+        folder: the run's own, or that of several runs, which is named after them all; the log goes there.
+        command: what the user typed, a tag of the MLflow run that the runs of an array are children of; None: no such run.
 
     Raises:
         SlurmError: sbatch refuses the job; its words are in the message.
     """
-    from submitit.core.utils import FailedJobError
-
-    executor = _executor(configs, name)
-    parent = _parent(configs, name, command) if len(configs) > 1 else None
+    executor = _executor(configs, folder)
+    parent = _parent(configs, folder.name, command) if command and len(configs) > 1 else None
+    if len(configs) > 1:
+        elements = Path(executor.parameters["comment"])
+        elements.parent.mkdir(parents=True, exist_ok=True)
+        elements.write_text(_elements(configs))
     kept = []
     for config in configs:
         path = config.folder.resolve() / "slurm" / "submitted.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_config(config))  # what is edited while the job waits must not change it
         kept.append(path)
-    try:
-        # submitit shows what sbatch says while it raises it as well.
-        with contextlib.redirect_stderr(io.StringIO()), executor.batch():
-            jobs = [executor.submit(allocation.run_job, str(path), parent) for path in kept]
-    except FailedJobError as error:
-        raise SlurmError(cluster.last_line(str(error)).replace("error: ", "")) from None
+    jobs = start(executor, allocation.run_job, [(str(path), parent) for path in kept])
     return [Submitted(job.job_id, config, job.paths.stdout) for job, config in zip(jobs, configs)]
 
 
-def _executor(configs: Sequence[Config], name: str) -> Any:
+def start(executor: Any, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Submit calls of a function through a submitit executor, several as an array; gives submitit's jobs.
+
+    Raises:
+        SlurmError: sbatch refuses the job; its words are in the message.
+    """
+    from submitit.core.utils import FailedJobError
+
+    try:
+        # submitit shows what sbatch says while it raises it as well.
+        with contextlib.redirect_stderr(io.StringIO()), executor.batch():
+            return [executor.submit(function, *call) for call in calls]
+    except FailedJobError as error:
+        raise SlurmError(cluster.last_line(str(error)).replace("error: ", "")) from None
+
+
+def _executor(configs: Sequence[Config], folder: Path) -> Any:
     import submitit
 
     slurm = configs[0].slurm
@@ -119,22 +147,30 @@ def _executor(configs: Sequence[Config], name: str) -> Any:
     if slurm.reservation:
         options["reservation"] = slurm.reservation  # type: ignore[assignment]
     wanted = {
-        "job_name": name, "nodes": slurm.nodes, "ntasks_per_node": slurm.tasks, "time": max(1, round(60 * slurm.hours)),
+        "job_name": folder.name, "nodes": slurm.nodes, "ntasks_per_node": slurm.tasks, "time": max(1, round(60 * slurm.hours)),
         "gpus_per_node": slurm.gpus_per_node, "cpus_per_task": slurm.cpus_per_task, "partition": slurm.partition,
         "account": slurm.account, "qos": slurm.qos, "constraint": slurm.constraint, "dependency": slurm.dependency,
         "mem": f"{round(1024 * slurm.memory_gb)}M" if slurm.memory_gb else None, "exclusive": slurm.exclusive or None,
         "setup": list(slurm.setup) or None, "signal_delay_s": slurm.signal_seconds,
-        "comment": str(_folder(configs, name)), "array_parallelism": slurm.array_parallelism,
+        "comment": str(_comment(configs, folder)), "array_parallelism": slurm.array_parallelism,
         # The batch step starts the ranks itself, and is there to requeue the job whatever becomes of them.
         "use_srun": False, "stderr_to_stdout": True, "additional_parameters": options,
     }  # fmt: skip
-    executor = submitit.SlurmExecutor(_folder(configs, name) / "slurm")
+    executor = submitit.SlurmExecutor(folder.resolve() / "slurm")
     executor.update_parameters(**{key: value for key, value in wanted.items() if value is not None})
     return executor
 
 
-def _folder(configs: Sequence[Config], name: str) -> Path:
-    return (configs[0].runs / name).resolve()
+def _comment(configs: Sequence[Config], folder: Path) -> Path:
+    """What tells on which run folders a job works, see cluster.jobs; another array has another file."""
+    if len(configs) == 1:
+        return configs[0].folder.resolve()
+    name = hashlib.sha256(_elements(configs).encode()).hexdigest()[:16]
+    return folder.resolve() / "slurm" / f"{name}{cluster.ELEMENTS}"
+
+
+def _elements(configs: Sequence[Config]) -> str:
+    return "".join(f"{config.folder.resolve()}\n" for config in configs)
 
 
 def _parent(configs: Sequence[Config], name: str, command: str) -> str | None:

@@ -15,6 +15,7 @@ from shards import check, cifar, imagenet, info, make, sources, subset
 from shards.images import AS_IS, Storing
 from shards.index import QUARANTINE_FILE
 from shards.progress import Progress
+from shards.slurm import Array
 from shards.source import Source
 
 CORES = len(os.sched_getaffinity(0))
@@ -64,6 +65,15 @@ def _parser() -> argparse.ArgumentParser:
             )  # fmt: skip
         _add_choice(one)
         _add_storing(one)
+        cluster = one.add_argument_group("on a cluster")
+        cluster.add_argument(
+            "--slurm", type=_positive, metavar="N",
+            help="let N tasks of a SLURM array write the shards, each with --workers cores; OUT is on a shared file system",
+        )  # fmt: skip
+        cluster.add_argument(
+            "--sbatch", action="append", default=[], metavar="KEY=VALUE",
+            help="flag of sbatch, such as partition=NAME or time=2:00:00; repeatable. SBATCH_PARTITION and the like work too",
+        )  # fmt: skip
         one.set_defaults(run=_make, kind=kind, seed=0)
     checking = verbs.add_parser(
         "check",
@@ -84,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--seed", type=int, default=0, help="which images are chosen; default: %(default)s")
     part.add_argument("--copy", action="store_true", help="write new shards instead of lists over the old ones")
     _add_storing(part)
-    part.set_defaults(run=_subset)
+    part.set_defaults(run=_subset, slurm=None)
     telling = verbs.add_parser("info", help="what is there")
     telling.add_argument("folder", type=Path, metavar="FOLDER", help="a split, or the folder of the splits")
     telling.set_defaults(run=_info)
@@ -109,7 +119,7 @@ def _add_storing(parser: argparse.ArgumentParser) -> None:
         "--shard-size", type=_shard_size, default="128MB", metavar="SIZE",
         help="samples per shard (1000) or megabytes of source images per shard (128MB); default: %(default)s",
     )  # fmt: skip
-    parser.add_argument("--workers", type=_positive, default=CORES, help="processes; default: the cores, %(default)s")
+    parser.add_argument("--workers", type=_positive, help=f"processes; default: the cores, {CORES}")
     parser.add_argument(
         "--max-size", type=_positive, metavar="PIXELS",
         help="re-encode all as JPEG, upright, the shorter side at most so long; default: stored as they are",
@@ -132,6 +142,8 @@ def _chosen(source: Source, options: argparse.Namespace) -> Source:
 
 
 def _make(options: argparse.Namespace) -> int:
+    if options.sbatch and not options.slurm:
+        raise DataError(f"--sbatch {options.sbatch[0]} is for an array; give --slurm N as well")
     openers: dict[str, Callable[[Path], Source]] = {
         "digits": lambda _: sources.digits(),
         "folder": lambda scratch: sources.folder(options.source, scratch),
@@ -145,7 +157,9 @@ def _make(options: argparse.Namespace) -> int:
 def _pack(source: Callable[[Path], Source], options: argparse.Namespace) -> int:
     began = time.perf_counter()
     storing = Storing(options.max_size, options.quality, options.odd)
-    made = make.make(source, options.out, options.shard_size, options.workers, Progress(), storing)
+    array = Array(options.slurm, options.workers, options.sbatch) if options.slurm else None
+    workers = options.workers or CORES
+    made = make.make(source, options.out, options.shard_size, workers, Progress(), storing, array)
     for one in made:
         print("\n".join(info.describe(one.folder)))
     images = sum(len(one.index) for one in made)

@@ -18,18 +18,21 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import PIL
 
-from dist_train.errors import DataError
+from dist_train.errors import DataError, UserError
 from shards import sources
 from shards.images import AS_IS, Storing
 from shards.index import FILE, UNLABELED, Index
 from shards.pack import COLUMNS, Packed, Task, write_shard
 from shards.source import Item, Source, shuffled
 from shards.sources import Sample
+
+if TYPE_CHECKING:
+    from shards.slurm import Array
 
 MANIFEST = "manifest.json"
 _DRAFTS = ".making"
@@ -73,6 +76,7 @@ def make(
     workers: int = 1,
     report: Report | None = None,
     storing: Storing = AS_IS,
+    array: Array | None = None,
 ) -> list[Made]:
     """Write every split of ``source`` to ``out/<split>``; the same source, size and storing give the same bytes.
 
@@ -85,17 +89,26 @@ def make(
         size: where a shard ends.
         workers: processes.
         storing: how images are stored.
+        array: the SLURM array whose tasks write the shards, which this process then only finishes (default: it writes them).
 
     Raises:
         DataError: a split is there already, a class has no readable image, or ``out`` cannot be written.
+        SlurmError: sbatch refuses the array, or some of its tasks failed.
     """
     with _drafts(out) as drafts:
         opened = _opened(source, drafts / "source") if callable(source) else source
         draft = drafts / _plan(opened, size, storing)
+        if any(drafts.glob("*/slurm")):
+            from shards.slurm import refuse_jobs
+
+            refuse_jobs(drafts, draft if array else None)
         if not (draft / _COMPLETE).exists():
             refuse_existing(out, opened.splits)
+            tasks = {split: _tasks(opened, split, draft / split, size, storing) for split in opened.splits}
+            if array:
+                array.write(draft, [task for part in tasks.values() for task in part], report)
             for split in opened.splits:
-                _make_split(opened, split, draft / split, size, workers, report, storing)
+                _make_split(opened, split, draft / split, tasks[split], workers, report)
             (draft / _COMPLETE).touch()
             _sync_folder(draft)
         pending = [split for split in opened.splits if (draft / split).exists()]
@@ -167,19 +180,22 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
+def _tasks(source: Source, split: str, folder: Path, size: ShardSize, storing: Storing) -> list[Task]:
+    """The shards of a split.  Their items are settled before any image is read, so that each can be made by itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        Task(folder / f"shard-{number:06d}.tar", first, part, source.read, storing)
+        for number, (first, part) in enumerate(_cut(shuffled(source.splits[split], "pack"), size))
+    ]
+
+
 def _make_split(
-    source: Source, split: str, folder: Path, size: ShardSize, workers: int, report: Report | None, storing: Storing
+    source: Source, split: str, folder: Path, tasks: Sequence[Task], workers: int, report: Report | None
 ) -> None:
     """Write the shards that are not finished yet, and the index of all when they are."""
-    folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.part*"):
         leftover.unlink()
-    items = shuffled(source.splits[split], "pack")
-    # A shard's items are settled before any image is read, so that every shard can be made by itself.
-    tasks = [
-        Task(folder / f"shard-{number:06d}.tar", first, part, source.read, storing)
-        for number, (first, part) in enumerate(_cut(items, size))
-    ]
+    items = [item for task in tasks for item in task.items]
     todo = [task for task in tasks if not task.record.exists()]
     done = len(items) - sum(len(task.items) for task in todo)
     if report and done:
@@ -297,8 +313,8 @@ def _drafts(out: Path) -> Iterator[Path]:
                 raise DataError(f"{out}: another process is making shards there; wait for it, or end it") from None
             try:
                 yield drafts
-            except DataError:
-                if not any(path.is_dir() and path.name != "source" for path in drafts.iterdir()):
+            except UserError:
+                if not any(drafts.glob("*/*/*")):
                     shutil.rmtree(drafts)
                 if created and not any(out.iterdir()):
                     out.rmdir()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,8 +68,7 @@ def write_shard(task: Task) -> int:
     """
     packed = Packed(Shard(task.path.name, 0, "", 0))
     rows: list[str] = []
-    # The process in the name: what is left of one that was killed cannot be written to by two.
-    draft = task.path.with_suffix(f".part{os.getpid()}")
+    draft = task.path.with_suffix(_part())
     with open(draft, "wb") as file:
         tar = _Tar(file)
         for number, item in enumerate(task.items, start=task.first):
@@ -99,11 +99,16 @@ def _note(packed: Packed, name: str, image: Encoded) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.part{os.getpid()}")
+    draft = path.with_name(f"{path.name}{_part()}")
     with open(draft, "wb") as file:
         file.write(text.encode("utf-8", "surrogateescape"))
         _flush(file)
     os.replace(draft, path)
+
+
+def _part() -> str:
+    """Ending of a draft, of this process alone on all machines: what one that was killed has left is not written to by two."""
+    return f".part-{socket.gethostname()}-{os.getpid()}"
 
 
 def _flush(file: BinaryIO) -> None:

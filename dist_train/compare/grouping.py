@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from dist_train.compare.runs import RunData
 from dist_train.errors import DataError
 
-NEUTRAL = ("name", "runs", "seed", "tracking.", "checkpoint.", "faults.", "train.eval_every")
+NEUTRAL = ("name", "runs", "seed", "tracking.", "checkpoint.", "faults.", "slurm.", "train.eval_every")
 """Fields, or starts of them, in which the runs of one group may differ: they do not change what is learned."""
 
 
