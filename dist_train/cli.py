@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dist_train.errors import TrainingError, UserError
+from dist_train.errors import ConfigError, TrainingError, UserError
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
@@ -81,7 +81,6 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes (GPUs) to plan for")
     known, overrides = parser.parse_known_args(arguments)
     from dist_train.config_file import load_config
-    from dist_train.errors import ConfigError
     from dist_train.planner import plan
 
     if known.processes < 1:
@@ -131,7 +130,9 @@ def _eval(arguments: list[str]) -> int:
 
     budgets = parse_budgets(known.budgets)
     check_writable(known.run, known.out)
-    report = evaluate(known.run, known.split, known.shards, known.calibration, known.milliseconds)
+    if known.clamp and not budgets:
+        raise ConfigError("--clamp is for --budgets; give both")
+    report = evaluate(known.run, known.split, known.shards, known.calibration, known.milliseconds, budgets, known.clamp)
     shown = report.budgeted(budgets, clamp=known.clamp) if budgets else None
     if Ranks.from_env().rank == 0:
         print(summary(report, shown))

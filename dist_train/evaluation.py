@@ -113,13 +113,13 @@ def table(evaluation: Evaluation, costs: Sequence[ExitCost]) -> str:
 
 
 def write_report(
-    path: Path, evaluation: Evaluation, costs: Mapping[str, Sequence[float]], step: int, split: str
+    path: Path, evaluation: Evaluation, costs: Mapping[str, Sequence[float]], step: int, split: str, data: str
 ) -> None:
     """Write training's ``report.json``, whole or not at all; :mod:`dist_train.report.report` describes its format.
 
     Args:
         path: the file.
-        evaluation: what was measured, on ``split`` after ``step`` updates.
+        evaluation: what was measured, on ``split``, whose fingerprint is ``data``, after ``step`` updates.
         costs: per kind of cost, that of every exit, see :func:`dist_train.models.cost.cost_columns`.
     """
     exits = [
@@ -127,7 +127,7 @@ def write_report(
         for number, result in enumerate(evaluation.exits, start=1)
     ]
     report = {
-        "format": REPORT_FORMAT, "step": step, "split": split,
+        "format": REPORT_FORMAT, "step": step, "split": split, "data": data[:12],
         "images": evaluation.images, "unreadable": evaluation.unreadable, "exits": exits,
     }  # fmt: skip
     draft = path.with_suffix(".tmp")

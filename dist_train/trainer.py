@@ -89,7 +89,7 @@ class Trainer:
         self.steps_per_epoch = ready.steps_per_epoch
         self.total_batches = config.train.epochs * ready.steps_per_epoch
         self.passes = ready.passes
-        self.index = ready.train
+        self.index, self.val_data = ready.train, ready.val.fingerprint
         self.costs = exit_costs(ready.model, config.data.image_size)
         self.position = Position()
         self.evaluation: Evaluation | None = None
@@ -435,7 +435,8 @@ class Trainer:
         folder = self.config.folder
         try:
             costs = cost_columns(self.evaluator.model, self.config.data.image_size)
-            write_report(folder / "report.json", evaluation, costs, self.position.step, self.config.data.val)
+            val = self.config.data.val
+            write_report(folder / "report.json", evaluation, costs, self.position.step, val, self.val_data)
         except OSError as error:
             self._say_once(f"{folder / 'report.json'}: cannot be written ({error.strerror})")
         log.info("\n%s\n\nrun folder  %s", table(evaluation, self.costs), folder)

@@ -125,12 +125,9 @@ def _add_storing(parser: argparse.ArgumentParser) -> None:
         help="re-encode all as JPEG, upright, the shorter side at most so long; default: stored as they are",
     )  # fmt: skip
     parser.add_argument(
-        "--quality",
-        type=int,
-        choices=range(1, 96),
-        metavar="Q",
-        help="re-encode all as JPEG of this quality; default: 90",
-    )
+        "--quality", type=_quality, metavar="Q",
+        help="re-encode all as JPEG of this quality, 1 to 95; default with --max-size: 90",
+    )  # fmt: skip
     parser.add_argument(
         "--odd", choices=("keep", "convert"), default="keep",
         help="CMYK, palette, 16 bit, alpha and animated images as they are, or as plain PNG; default: %(default)s",
@@ -210,10 +207,15 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def _quality(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 95:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to 95")
+    return int(text)
 
 
 def _shard_size(text: str) -> make.ShardSize:

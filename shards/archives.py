@@ -15,7 +15,12 @@ from typing import IO, Any, NamedTuple
 
 from dist_train.errors import DataError
 
+_BLOCK = 512
+"""Bytes of a tar's header; one of zeros is the end."""
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+
+_DAMAGED = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a damaged archive raises; a plain OSError is the disk's."""
 
 
 class Member(NamedTuple):
@@ -31,7 +36,7 @@ def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Mem
     """The members of an uncompressed tar, or of one that takes ``size`` bytes of a file from ``start`` on.
 
     Raises:
-        DataError: it is not a tar, or is cut off.
+        DataError: it is not a tar, or is damaged or cut off.
     """
     try:
         with open(path, "rb") as file:
@@ -44,10 +49,33 @@ def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Mem
                         raise DataError(f"{path}: is cut off in {member.name}; fetch it again")
                     offset = member.offset_data if member.isreg() else -1
                     yield Member(member.name.removeprefix("./"), member.size, offset, member.isdir())
+                # tarfile takes a damaged or missing header for the end, and would lose all that follows without a word.
+                file.seek(tar.offset)
+                if file.read(_BLOCK) != bytes(_BLOCK):
+                    raise DataError(f"{path}: is damaged or cut off at byte {tar.offset}; fetch it again")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except tarfile.TarError as error:
         raise DataError(f"{path}: is not a tar archive, or a damaged one ({error})") from None
+
+
+def contents(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The files of a small archive, compressed or not, each read whole.
+
+    Raises:
+        DataError: it cannot be read, is not an archive, or is damaged.
+    """
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if file := tar.extractfile(member):
+                    yield member.name, file.read()
+            while tar.fileobj and tar.fileobj.read(1 << 20):
+                pass  # up to the compressed file's end, where its checksum stands
+    except _DAMAGED:
+        raise DataError(f"{path}: is not an archive, or a damaged one; fetch it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def unpacked(path: Path, scratch: Path | None) -> Path:
@@ -93,7 +121,7 @@ def _decompress(path: Path, opener: Any, target: IO[bytes]) -> None:
         while True:
             try:
                 block = source.read(1 << 20)
-            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            except (OSError, *_DAMAGED) as error:
                 raise DataError(f"{path}: is damaged or cut off ({error}); fetch it again") from None
             if not block:
                 return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -131,12 +130,9 @@ def _files(path: Path) -> dict[str, bytes]:
     try:
         if path.is_dir():
             return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.is_file()}
-        with tarfile.open(path) as tar:
-            return {m.name.rpartition("/")[2]: f.read() for m in tar if (f := tar.extractfile(m))}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (tarfile.TarError, EOFError):
-        raise DataError(f"{path}: is not an archive, or a damaged one; fetch it again") from None
+    return {name.rpartition("/")[2]: content for name, content in archives.contents(path)}
 
 
 def _file(path: Path, name: str, files: Mapping[str, bytes]) -> bytes:

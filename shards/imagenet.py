@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import tarfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -132,7 +131,11 @@ def _with_truth(images: list[_Image], val: Path, truth: Path | None) -> list[_Im
     try:
         synsets = _read_truth(truth)
     except OSError as error:
-        raise DataError(f"{truth}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{error.filename or truth}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{truth}: is no text; give the devkit, LOC_val_solution.csv, or a text with one synset a line"
+        ) from None
     if len(synsets) != len(images):
         raise DataError(f"{truth}: has {len(synsets)} entries, {val} has {len(images)} images; they must be as many")
     if isinstance(synsets, list):
@@ -173,14 +176,10 @@ def _read_truth(path: Path) -> list[str] | dict[str, str]:
 
 def _of_kit(path: Path, name: str) -> bytes:
     """A file of the devkit's archive."""
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(f"data/{name}") and (file := tar.extractfile(member)):
-                    return file.read()
-    except (tarfile.TarError, EOFError):
-        raise DataError(f"{path}: is neither a text nor ILSVRC's devkit, or damaged") from None
-    raise DataError(f"{path}: has no data/{name}; give ILSVRC's devkit of 2012")
+    found = [content for file, content in archives.contents(path) if file.endswith(f"data/{name}")]
+    if not found:
+        raise DataError(f"{path}: has no data/{name}; give ILSVRC's devkit of 2012")
+    return found[0]
 
 
 def _synsets(meta: bytes) -> dict[int, str]:

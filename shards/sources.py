@@ -111,7 +111,7 @@ def _walk(root: Path) -> tuple[str, set[str], list[Item]]:
     top = _visible_folders(root)
     for place in [inner for path in top for inner in (_visible_folders(path) if path.name in SPLITS else [path])]:
         folders.add(place.relative_to(root).as_posix())
-        for where, inner, files in os.walk(place):
+        for where, inner, files in os.walk(place, onerror=_refuse):
             inner[:] = sorted(name for name in inner if _visible(name))
             for name in sorted(filter(_visible, files)):
                 path = Path(where, name)
@@ -180,6 +180,11 @@ def _sort(root: Path, folders: set[str], items: Iterable[Item]) -> tuple[tuple[s
 
 def _visible_folders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and _visible(entry.name))
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed would otherwise be left out without a word."""
+    raise error
 
 
 def _visible(name: str) -> bool:

@@ -174,16 +174,24 @@ def _label(values: Mapping[str, str], run: RunData) -> str:
 
 
 def _data_differences(first: Group, second: Group) -> list[str]:
-    one, two = first.runs[0], second.runs[0]
     lines = []
-    for key, what in (("classes", "classes"), ("val_data", "evaluation images")):
-        a, b = one.data.get(key), two.data.get(key)
-        if a is not None and b is not None and a != b:
-            lines.append(f"{what} ({a} and {b})")
+    for known, what in ((_classes, "classes"), (_evaluated_on, "evaluation images")):
+        a, b = known(first), known(second)
+        if a and b and (a != b or len(a) > 1):
+            lines.append(f"{what} ({_join(a)} and {_join(b)})")
     counts = [{run.report.get("images") for run in group.finished if run.report} for group in (first, second)]
     if not lines and all(counts) and counts[0] != counts[1]:
         lines.append(f"number of evaluation images ({_join(counts[0])} and {_join(counts[1])})")
     return lines
+
+
+def _classes(group: Group) -> set[object]:
+    return {run.data["classes"] for run in group.runs if "classes" in run.data}
+
+
+def _evaluated_on(group: Group) -> set[object]:
+    """Of the finished runs, or of all where none is."""
+    return {run.evaluated_on for run in group.finished or group.runs if run.evaluated_on}
 
 
 def _join(values: set[object]) -> str:
@@ -202,7 +210,11 @@ def _notes(comparison: Comparison) -> list[str]:
         seeds = [run.seed for run in group.runs]
         for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1}):
             notes.append(f"{group.label}: {seeds.count(seed)} runs with seed {seed}; their spread is none over seeds")
-        differences = _data_differences(base, group)
+        if len(images := _evaluated_on(group)) > 1:
+            notes.append(
+                f"{group.label}: its runs are evaluated on different images ({_join(images)}), its means are of both"
+            )
+        differences = _data_differences(base, group) if base is not group else []
         if differences:
             notes.append(f"{group.label}: other {', '.join(differences)} than {base.label}; no differences are given")
         if group.finished and base.finished and group.num_exits != base.num_exits:

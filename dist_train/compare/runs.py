@@ -49,6 +49,14 @@ class RunData:
         return list(self.report.get("exits", [])) if self.report else []
 
     @property
+    def evaluated_on(self) -> str | None:
+        """Which images its report is about, or will be about, as far as the run says."""
+        report, val = self.report or {}, self.fields.get("data.val", "val")
+        if (split := report.get("split", val)) != val and "data" not in report:
+            return f"the split {split}"
+        return report.get("data") or self.data.get("val_data")
+
+    @property
     def seconds(self) -> float | None:
         """Training time from the logged speeds, so that pauses between a stop and its resume do not count."""
         speeds, seconds, before = self.series.get("speed/images_per_second", []), 0.0, 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from dist_train import checkpoint
+from dist_train.budget import check_budgets
 from dist_train.config import Config, DataConfig
 from dist_train.dist import Group, Ranks
 from dist_train.engine import autocast
@@ -39,6 +42,8 @@ def evaluate(
     shards: str | Path | None = None,
     calibration: str | None = None,
     milliseconds: bool = False,
+    budgets: Sequence[float] = (),
+    clamp: bool = False,
 ) -> Report:
     """Evaluate a run (its best checkpoint), a checkpoint or a folder of weights on all ranks of the environment.
 
@@ -50,13 +55,15 @@ def evaluate(
             run's ``data.val`` where another split is tested, else half of the split's images, as many of every class, chosen
             by the SHA-256 of their names; budgets are then tested on the other ones, exits on all.
         milliseconds: also measure the time per image and exit, on rank 0, one image at a time.
+        budgets: what :meth:`Report.budgeted` will be asked for: where it would refuse, that is before any image is read.
+        clamp: as it will be given there.
 
     Returns:
         The same report on every rank.
 
     Raises:
-        UserError: no such checkpoint or split, shards of other classes, a calibration split that is the training split or
-            shares images with the split, or a network that gives no numbers.
+        UserError: no such checkpoint or split, a budget out of range, shards of other classes, a calibration split that is
+            the training split or shares images with the split, or a network that gives no numbers.
     """
     path, folder = checkpoint.resolve(path), checkpoint.run_folder(checkpoint.resolve(path))
     state, trained = checkpoint.read_state(path)
@@ -67,19 +74,19 @@ def evaluate(
     fitting = _choose_calibration(data, trained.data, split, index, calibration, state.classes, path)
     ranks = Ranks.from_env()
     model = checkpoint.load_model(path)
+    costs: dict[str, list[float]] = cost_columns(model, data.image_size)
+    check_budgets(budgets, np.array(costs["multiply_adds"]), "multiply_adds", clamp)
+    if budgets and not len(fitting.ids):
+        raise DataError(f"budgets need calibration images; {fitting.notes[0]}")
     group = Group(ranks, config.faults.group_minutes)
     model = model.to(group.device).eval()
     samples = _measure(model, index, split, config, group)
     if fitting.index is None:
-        held = torch.isin(torch.from_numpy(samples.ids), torch.from_numpy(fitting.ids)).numpy()
+        held = np.isin(samples.ids, fitting.ids)
         fitted, test = samples.select(held), samples.select(~held)
     else:
         fitted = _measure(model, fitting.index, fitting.split, config, group)
-        fitted, test = (
-            fitted.select(torch.isin(torch.from_numpy(fitted.ids), torch.from_numpy(fitting.ids)).numpy()),
-            samples,
-        )
-    costs: dict[str, list[float]] = cost_columns(model, data.image_size)
+        fitted, test = fitted.select(np.isin(fitted.ids, fitting.ids)), samples
     if milliseconds:
         costs["milliseconds"] = group.broadcast(_times(model, data.image_size) if ranks.rank == 0 else [])
     return Report(

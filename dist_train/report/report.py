@@ -2,7 +2,8 @@
 
 ``report.json``, format 2 (accuracies as shares of 1, costs per image)::
 
-    format, step, split, images, unreadable    which checkpoint on what; every image was counted once
+    format, step, split, data, images, unreadable    which checkpoint on what (data: the start of the split's fingerprint);
+                every image was counted once
     exits       per exit: exit (from 1), multiply_adds, multiply_adds_public, multiply_adds_lazy, parameters, [milliseconds],
                 top1, top5, loss, ece, top1_interval, top5_interval
     ensemble    per exit, of the mean probabilities of it and all before it: exit, top1, top5, loss, ece, intervals
@@ -221,6 +222,7 @@ class Report:
             "format": REPORT_FORMAT,
             "step": self.step,
             "split": self.split,
+            "data": self.index.fingerprint[:12],
             "images": self.images,
             "unreadable": self.unreadable,
             "exits": numbered,

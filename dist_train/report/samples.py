@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,13 +55,15 @@ class Samples:
 def reduce_logits(logits: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
     """The columns of :class:`Samples` for one batch: M tensors [N, K] of logits, labels int64 [N]; rows independent."""
     rows: dict[str, list[Tensor]] = {}
-    together = torch.zeros_like(logits[0], dtype=torch.float32)
+    together = torch.full_like(logits[0], -math.inf, dtype=torch.float32)  # log of the sum of probabilities so far
     for number, exit_logits in enumerate(logits, start=1):
         exit_logits = exit_logits.float()
-        together = together + exit_logits.softmax(dim=1)
-        log_mean = (together / number).log()
+        log_probabilities = exit_logits.log_softmax(dim=1)
+        # Probabilities themselves are 0 in float32 where a network is very sure, and their logarithm is infinite.
+        together = _log_of_sum(together, log_probabilities)
+        log_mean = together - math.log(number)
         columns = _ranks(exit_logits, labels, "") | _ranks(log_mean, labels, "ensemble_")
-        columns["loss"] = _loss(exit_logits.log_softmax(dim=1), labels)
+        columns["loss"] = _loss(log_probabilities, labels)
         columns["ensemble_loss"] = _loss(log_mean, labels)
         columns["ensemble_max_probability"] = log_mean.amax(dim=1).exp()
         columns["max_probability"] = confidence(exit_logits, "max_probability")
@@ -127,6 +130,12 @@ def _ranks(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, Tensor]:
         f"{prefix}prediction": logits.argmax(dim=1).int(),
         f"{prefix}rank": above.sum(dim=1, dtype=torch.int32),
     }
+
+
+def _log_of_sum(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b), to the bit the same for a row in any batch, which torch.logaddexp is not."""
+    higher = torch.maximum(a, b)
+    return higher + ((a - higher).exp() + (b - higher).exp()).log()
 
 
 def _loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:

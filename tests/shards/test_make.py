@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,7 +208,9 @@ BAD = {
     "out is a file": (["{in}", "{tmp}/file/x"], "cannot be written"),
     "out is there": (["{in}", "{tmp}/done"], "done/train: is there already"),
     "out holds other shards": (["{in}", "{tmp}/other"], "other/test: is there already"),
-    "no number": (["{in}", "{out}", "--val-per-class", "0"], "0 is not a number above 0"),
+    "no number": (["{in}", "{out}", "--val-per-class", "0"], "'0' is not a whole number above 0"),
+    "a word": (["{in}", "{out}", "--per-class", "ten"], "'ten' is not a whole number above 0"),
+    "no quality": (["{in}", "{out}", "--quality", "96"], "'96' is not a whole number from 1 to 95"),
     "no size": (["{in}", "{out}", "--shard-size", "5GB"], "neither a number of samples"),
     "no such option": (["{in}", "{out}", "--colour"], "unrecognized arguments: --colour"),
     "no out": (["{in}"], "required: OUT"),
@@ -243,6 +247,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert len(printed.err.splitlines()) == 1
     assert re.search(message, printed.err)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_and_not_left_out(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed, scandir = source / "dog" / "deeper", os.scandir
+
+    def refuse(path: Any = ".") -> Any:
+        if path == str(closed):  # root may list every folder
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert main(["make", "folder", str(source), str(tmp_path / "out")]) == 2
+    assert f"{closed}: cannot be read (Permission denied)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source: Path, tmp_path: Path) -> None:

@@ -192,6 +192,9 @@ def test_what_is_wrong_with_imagenet_is_one_line(
     assert "its class n99999999 is none of the 4 of train" in one_line(capsys, *command)
     truth.write_bytes(originals.lines)
     assert "devkit's meta.mat, which must lie beside" in one_line(capsys, *command)
+    truth.write_bytes(b"\xff\xd8 an image")
+    assert "truth.txt: is no text" in one_line(capsys, *command)
+    truth.write_bytes(originals.lines)
     (originals.folder / "meta.mat").write_bytes(originals.meta[:200])
     assert "meta.mat of the devkit: cannot be understood" in one_line(capsys, *command)
     truth.write_text("\n".join(originals.truth))
@@ -227,6 +230,8 @@ def test_a_tar_gives_what_its_folder_gives(compression: str, top: str, jpegs: li
 
 def test_what_is_wrong_with_a_tar_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, picture = tmp_path / "in.tar", gzip.compress(b"x" * 5000)
+    whole = pack({"cat/1.jpg": picture, "cat/2.jpg": picture})
+    second = whole.index(b"cat/2.jpg")
     for content, message in (
         (b"no archive" * 100, "is not a tar archive"),
         (pack({"cat/1.jpg": b"x", "dog/": b""}), "dog: is empty"),
@@ -235,6 +240,9 @@ def test_what_is_wrong_with_a_tar_is_one_line(tmp_path: Path, capsys: pytest.Cap
         (pack({"train/cat/1.jpg": b"x", "other/1.jpg": b"x"}), "holds train and also 'other'"),
         (gzip.compress(pack({"cat/1.jpg": picture}))[:-40], "is damaged or cut off"),
         (pack({"cat/1.jpg": picture})[:600], "unexpected end of data"),
+        (whole[:second], f"is damaged or cut off at byte {second}"),
+        (whole[: second + 100], f"is damaged or cut off at byte {second}"),
+        (whole[:second] + bytes(range(256)) * 2 + whole[second + 512 :], f"is damaged or cut off at byte {second}"),
     ):
         path.write_bytes(content)
         assert message in one_line(capsys, "make", "folder", path, tmp_path / "out")
@@ -325,6 +333,10 @@ def test_what_is_wrong_with_cifar_is_one_line(
     ):
         (tmp_path / "in").write_bytes(pack(files, "gz"))
         assert message in one_line(capsys, "make", "cifar10", tmp_path / "in", tmp_path / "out")
+    packed = pack(python, "gz")
+    for place in range(len(packed) // 8, len(packed), len(packed) // 8):  # in pixels too, where the tar shows nothing
+        (tmp_path / "in").write_bytes(packed[:place] + b"\xff" * 8 + packed[place + 8 :])
+        assert "in: " in one_line(capsys, "make", "cifar10", tmp_path / "in", tmp_path / "out")
     (tmp_path / "in").write_text("no archive")
     assert "is not an archive" in one_line(capsys, "make", "cifar10", tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()

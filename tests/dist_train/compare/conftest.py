@@ -11,7 +11,7 @@ from dist_train.config_file import dump_config, make_config
 def make_run(tmp_path):
     """`make_run(name, tops, seed=0, **fields)` writes a finished run with these top-1 shares per exit; gives its folder."""
 
-    def make(name, tops, seed=0, images=100, data=None, lines=(), **fields):
+    def make(name, tops, seed=0, images=100, data=None, lines=(), report=None, **fields):
         tree = {"name": name, "runs": str(tmp_path / "runs"), "seed": seed, "data": {"shards": "data/x"}}
         for key, value in fields.items():
             section, _, leaf = key.partition("__")
@@ -31,8 +31,8 @@ def make_run(tmp_path):
                 {"exit": n, "multiply_adds": n * 10**6, "parameters": n * 1000, "top1": top, "top5": 1.0, "loss": 0.5}
                 for n, top in enumerate(tops, start=1)
             ]
-            report = {"format": 1, "step": 20, "images": images, "unreadable": 0, "exits": exits}
-            (config.folder / "report.json").write_text(json.dumps(report))
+            content = {"format": 1, "step": 20, "images": images, "unreadable": 0, "exits": exits} | (report or {})
+            (config.folder / "report.json").write_text(json.dumps(content))
         return config.folder
 
     return make

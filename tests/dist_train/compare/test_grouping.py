@@ -66,6 +66,25 @@ def test_time_leaves_pauses_out_and_speed_is_over_the_whole_training(make_run):
     assert run.images_per_second == pytest.approx(20 * 64 / 15)
 
 
+def test_reports_on_other_images_are_not_compared(make_run):
+    data = {"val_data": "aaaa"}
+    runs = [
+        make_run("a", [0.5], data=data, loss__mix=0.1),
+        make_run("b", [0.7], data=data, loss__mix=0.2, report={"split": "test"}),
+        make_run("c0", [0.7], data=data, loss__mix=0.3, report={"split": "val", "data": "aaaa"}),
+        make_run("c1", [0.7], data=data, loss__mix=0.3, report={"split": "val", "data": "bbbb"}, seed=1),
+        make_run("d", [0.8], data=data, loss__mix=0.4, report={"split": "val", "data": "aaaa"}),
+    ]
+    comparison = compare([read_folder(folder) for folder in runs])
+    _, b, c, d = comparison.groups
+    assert [comparison.difference(group, 1) for group in (b, c)] == [None, None]
+    assert comparison.difference(d, 1).mean == pytest.approx(0.3)
+    notes = "\n".join(comparison.notes)
+    assert "mix 0.2: other evaluation images (aaaa and the split test) than mix 0.1; no differences are given" in notes
+    assert "mix 0.3: its runs are evaluated on different images (aaaa/bbbb), its means are of both" in notes
+    assert "mix 0.4" not in notes
+
+
 def test_what_cannot_be_compared_is_said_and_the_rest_compared(make_run):
     runs = [
         make_run("a", [0.5, 0.6], data={"classes": "10", "val_data": "aaaa"}, loss__mix=0.1),

@@ -45,12 +45,13 @@ def without_noise(value):
     return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
 
 
-def test_every_number_of_ranks_gives_the_same_report(run_folder, report, ranks):
+def test_every_number_of_ranks_gives_the_same_report(run_folder, report, ranks, digits):
     wanted = json.loads(json.dumps(report.to_json()))
     assert wanted["images"] == 360
     trained = json.loads((run_folder / "report.json").read_text())
     assert trained["format"] == wanted["format"] == 2
     assert trained["split"] == "val"
+    assert trained["data"] == wanted["data"] == Index.load(digits / "val").fingerprint[:12]
     for mine, theirs in zip(wanted["exits"], trained["exits"], strict=True):
         assert {key: mine[key] for key in theirs} == {**theirs, "loss": pytest.approx(theirs["loss"], rel=1e-5)}
     results = ranks(evaluated, 3, run_folder)
@@ -215,12 +216,10 @@ def test_bad_input_is_one_line(run_folder, digits, refused, tmp_path):
     assert "cannot be written; give another folder" in refused("eval", run_folder, "--out", tmp_path / "file")
 
 
-def test_a_budget_out_of_range_is_said_before_anything_is_written(run_folder, command, tmp_path):
-    result = command("dist_train", "eval", run_folder, "--budgets", "1", "--out", tmp_path / "out")
-    assert result.returncode == 2
-    assert re.fullmatch(
-        r"dist-train eval: .*budget 1 multiply_adds is below the first exit's .*\(--clamp\)\n", result.stderr
-    )
+def test_a_budget_out_of_range_is_said_before_the_evaluation(run_folder, refused, tmp_path):
+    said = refused("eval", run_folder, "--budgets", "1", "--out", tmp_path / "out")
+    assert re.fullmatch(r"dist-train eval: budget 1 multiply_adds is below the first exit's .*\(--clamp\)\n", said)
+    assert "--clamp is for --budgets" in refused("eval", run_folder, "--clamp")
     assert not (tmp_path / "out").exists()
 
 

@@ -80,6 +80,17 @@ def test_accuracy_is_what_scikit_learn_says():
             assert one.top1_interval[0] < one.top1 < one.top1_interval[1]
 
 
+def test_a_network_that_is_very_sure_and_wrong_has_a_finite_loss():
+    table = Table(2)
+    table.add(
+        torch.arange(2), torch.tensor([1, 0]), [torch.tensor([[400.0, 0.0]] * 2), torch.tensor([[300.0, 0.0]] * 2)]
+    )
+    samples = table.join(Alone(), 2, 0)
+    assert samples["ensemble_loss"][0].tolist() == pytest.approx([400, 300 + np.log(2)])
+    assert samples["ensemble_loss"][1].tolist() == [0, 0]
+    assert samples["ensemble_rank"].tolist() == [[1, 1], [0, 0]]
+
+
 def test_of_equal_logits_the_first_class_counts_as_larger():
     table = Table(4)
     table.add(torch.arange(4), torch.tensor([0, 1, 4, 5]), [torch.zeros(4, 6)])
