@@ -35,14 +35,19 @@ def reliability(confidence: NDArray[np.float32], right: NDArray[np.bool_], bins:
         right: whether the prediction is right, [N].
         bins: how many; ties can leave some of them empty.
     """
-    images = len(confidence)
-    # A tie group goes where its middle is.
-    places = ((rankdata(confidence, method="average") - 0.5) * bins / images).astype(np.int64).clip(0, bins - 1)
+    images, places = len(confidence), bin_places(confidence, bins)
     counts = np.bincount(places, minlength=bins)
     filled = counts > 0
     sums = [np.bincount(places, weights=values.astype(np.float64), minlength=bins) for values in (confidence, right)]
     means = [total[filled] / counts[filled] for total in sums]
     return Reliability(means[0], means[1], counts[filled] / images)
+
+
+def bin_places(confidence: NDArray[np.float32], bins: int = BINS) -> NDArray[np.int64]:
+    """The bin of every image, [N], from 0; a group of images that tie goes where its middle is."""
+    middles = (rankdata(confidence, method="average") - 0.5) * bins / len(confidence)
+    places: NDArray[np.int64] = middles.astype(np.int64).clip(0, bins - 1)
+    return places
 
 
 def fit_temperatures(samples: Samples) -> NDArray[np.int64]:

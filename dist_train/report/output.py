@@ -76,9 +76,13 @@ def tables(report: Report) -> dict[str, str]:
     rows = []
     for kind, entries in (("exit", content["exits"]), ("ensemble", content["ensemble"])):
         for entry in entries:
-            flat = {name: value for name, value in entry.items() if not isinstance(value, tuple)}
-            low, high = entry["top1_interval"]
-            rows.append({"kind": kind, **flat, "top1_low": low, "top1_high": high})
+            flat: dict[str, Any] = {"kind": kind}
+            for name, value in entry.items():
+                if isinstance(value, tuple):
+                    flat |= dict(zip((name.replace("interval", "low"), name.replace("interval", "high")), value))
+                else:
+                    flat[name] = value
+            rows.append(flat)
     points = [
         {
             "method": sweep.method, "confidence": sweep.confidence, "cost_in": sweep.cost, "budget": point.budget,

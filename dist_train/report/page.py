@@ -7,6 +7,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from dist_train.report.accuracy import ExitAccuracy
 from dist_train.report.plots import Picture
 from dist_train.report.report import Report
 
@@ -60,8 +61,8 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
 def _exits(report: Report) -> str:
     rows = [
         [
-            m, _accuracy(one.top1, one.top1_interval), f"{100 * one.top5:.2f}", f"{one.loss:.4f}", f"{100 * one.ece:.2f}",
-            _accuracy(joint.top1, joint.top1_interval), f"{100 * joint.ece:.2f}",
+            m, _share(one.top1, one.top1_interval), f"{100 * one.top5:.2f}", _loss(one), _share(one.ece, one.ece_interval),
+            _share(joint.top1, joint.top1_interval), _share(joint.ece, joint.ece_interval),
         ]
         for m, (one, joint) in enumerate(zip(report.exits, report.ensemble), start=1)
     ]  # fmt: skip
@@ -86,7 +87,7 @@ def _budgets(report: Report) -> str:
     chosen = sorted({round(place * (len(points) - 1) / 9) for place in range(10)})
     rows = [
         [
-            f"{point.budget / 1e6:.2f} M", f"{point.cost / 1e6:.2f} M", _accuracy(point.top1, point.top1_interval),
+            f"{point.budget / 1e6:.2f} M", f"{point.cost / 1e6:.2f} M", _share(point.top1, point.top1_interval),
             f"{100 * point.calibration_top1:.2f}", " | ".join(f"{100 * share:.1f}" for share in point.shares),
         ]
         for point in (points[place] for place in chosen)
@@ -100,8 +101,12 @@ def _confusions(report: Report) -> str:
     return _table(["class", "taken for", *(f"exit {m}" for m in range(1, len(report.exits) + 1))], rows, names=2)
 
 
-def _accuracy(value: float, interval: tuple[float, float]) -> str:
+def _share(value: float, interval: tuple[float, float]) -> str:
     return f"{100 * value:.2f} ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
+
+
+def _loss(one: ExitAccuracy) -> str:
+    return f"{one.loss:.4f} ({one.loss_interval[0]:.4f} to {one.loss_interval[1]:.4f})"
 
 
 def _section(title: str, words: str, content: str) -> str:

@@ -5,7 +5,7 @@
     format, step, split, data, images, unreadable    which checkpoint on what (data: the start of the split's fingerprint);
                 every image was counted once
     exits       per exit: exit (from 1), multiply_adds, multiply_adds_public, multiply_adds_lazy, parameters, [milliseconds],
-                top1, top5, loss, ece, top1_interval, top5_interval
+                top1, top5, loss, ece, top1_interval, top5_interval, loss_interval, ece_interval
     ensemble    per exit, of the mean probabilities of it and all before it: exit, top1, top5, loss, ece, intervals
     temperatures  per exit, fitted on the calibration images; null where there are none
     budgeted    per sweep: method, measure, temperatures (null: 1), cost, calibration, calibration_images, images, points;

@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from dist_train.dist import Group, Ranks
 from dist_train.policy import MEASURES, confidence
 from dist_train.report.accuracy import by_exit, interval
-from dist_train.report.calibration import fit_temperatures, reliability, scaled_confidence, temperatures_at
+from dist_train.report.calibration import bin_places, fit_temperatures, reliability, scaled_confidence, temperatures_at
 from dist_train.report.diagnostics import diagnose
 from dist_train.report.samples import Table
 
@@ -78,6 +78,33 @@ def test_accuracy_is_what_scikit_learn_says():
             assert one.top5 == top_k_accuracy_score(labels, p, k=5, labels=range(CLASSES))
             assert one.loss == pytest.approx(log_loss(labels, p, labels=range(CLASSES)), rel=1e-5)
             assert one.top1_interval[0] < one.top1 < one.top1_interval[1]
+
+
+def test_intervals_of_loss_and_calibration_error_are_those_of_images_drawn_again():
+    samples = reduced(400, 64)
+    generator = np.random.default_rng(1)
+    for m, one in enumerate(by_exit(samples)):
+        hits, confidence = samples["rank"][:, m] == 0, samples["max_probability"][:, m]
+        places = bin_places(confidence)
+        assert reliability(confidence, hits).error == pytest.approx(error_by_bins(confidence, hits, places))
+        losses, errors = [], []
+        for _ in range(2000):
+            drawn = generator.integers(len(samples), size=len(samples))
+            losses.append(samples["loss"][drawn, m].mean())
+            errors.append(error_by_bins(confidence[drawn], hits[drawn], places[drawn]))
+        for found, plain in ((one.loss_interval, losses), (one.ece_interval, errors)):
+            low, high = np.quantile(plain, [0.025, 0.975])
+            assert found == pytest.approx((low, high), abs=0.1 * (high - low))
+    assert by_exit(samples) == by_exit(samples)
+
+
+def error_by_bins(confidence, hits, places):
+    """The calibration error as it is defined: over the bins, their share times |accuracy - mean confidence|."""
+    total = 0.0
+    for place in np.unique(places):
+        inside = places == place
+        total += inside.mean() * abs(hits[inside].mean() - confidence[inside].mean(dtype=np.float64))
+    return total
 
 
 def test_a_network_that_is_very_sure_and_wrong_has_a_finite_loss():
