@@ -182,8 +182,8 @@ def _predict(arguments: list[str]) -> int:
         "--budget", metavar="B", help="thresholds of report.json for a cost per image: 12e6, 12M, 3.5ms"
     )
     policy.add_argument("--exit", type=int, metavar="N", help="stop at exit N (default: the last)")
-    parser.add_argument("--measure", choices=("max_probability", "entropy", "margin"), default="max_probability",
-                        help="what --thresholds are compared with")  # fmt: skip
+    parser.add_argument("--measure", choices=("max_probability", "entropy", "margin"),
+                        help="what --thresholds are compared with (default: max_probability)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images computed together (default: 1)")
     parser.add_argument("--output", metavar="CSV", help="write one line per image there instead of printing it")
     known = parser.parse_args(arguments)
