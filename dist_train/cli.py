@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dist_train.arguments import Parser
 from dist_train.errors import ConfigError, TrainingError, UserError
 
 STOPPED = 75
@@ -103,10 +104,10 @@ def _train(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dist-train eval",
         description="Accuracy of every exit, each image of a split once, and at any budget; writes report.json, report.html "
-        "and report/ into the run folder and to MLflow. Several processes: python -m launch.local -n 2 eval RUN",
+        "and report/ into the run folder and to MLflow. Several processes: torchrun --nproc-per-node 2 -m dist_train eval RUN",
     )
     parser.add_argument(
         "run", metavar="RUN", help="run folder (its best checkpoint), a checkpoint, or a folder of weights"
@@ -142,7 +143,7 @@ def _eval(arguments: list[str]) -> int:
 
 
 def _sync(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dist-train sync", description="Send MLflow what it does not have yet of a run; again, it changes nothing."
     )
     parser.add_argument("run", type=Path, help="run folder")
@@ -167,7 +168,7 @@ def _study(arguments: list[str]) -> int:
 
 
 def _predict(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dist-train predict", description="Classify image files; every image stops at the exit that is sure of it."
     )
     parser.add_argument("run", metavar="CHECKPOINT", help="run folder (its best checkpoint), or one of its checkpoints")
@@ -181,8 +182,8 @@ def _predict(arguments: list[str]) -> int:
         "--budget", metavar="B", help="thresholds of report.json for a cost per image: 12e6, 12M, 3.5ms"
     )
     policy.add_argument("--exit", type=int, metavar="N", help="stop at exit N (default: the last)")
-    parser.add_argument("--measure", choices=("max_probability", "entropy", "margin"), default="max_probability",
-                        help="what --thresholds are compared with")  # fmt: skip
+    parser.add_argument("--measure", choices=("max_probability", "entropy", "margin"),
+                        help="what --thresholds are compared with (default: max_probability)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images computed together (default: 1)")
     parser.add_argument("--output", metavar="CSV", help="write one line per image there instead of printing it")
     known = parser.parse_args(arguments)
@@ -193,7 +194,7 @@ def _predict(arguments: list[str]) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dist-train convert",
         description="Turn a checkpoint of a public MSDNet repository into a folder that eval, predict and load_model read.",
         epilog="Any field of the configuration can be given: --data.mean '[0.49, 0.48, 0.45]', --data.shards data/cifar100.",
@@ -212,17 +213,19 @@ def _convert(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("dist-train bench", description="Measure this machine.", add_help=False)
-    parser.add_argument("what", choices=BENCHES)
-    known, rest = parser.parse_known_args(arguments)
-    status: int = importlib.import_module(f"dist_train.bench.{known.what}").run(rest)
+    parser = Parser(
+        "dist-train bench",
+        usage="dist-train bench WHAT [--json PATH ...]",
+        description="Measure this machine; dist-train bench WHAT --help says what is measured, and how it can be changed.",
+    )
+    parser.add_argument("what", metavar="WHAT", choices=BENCHES, help=", ".join(BENCHES))
+    known = parser.parse_args(arguments[:1])
+    status: int = importlib.import_module(f"dist_train.bench.{known.what}").run(arguments[1:])
     return status
 
 
 def _doctor(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "dist-train doctor", description="Say what is installed and what this machine can do."
-    )
+    parser = Parser("dist-train doctor", description="Say what is installed and what this machine can do.")
     parser.parse_args(arguments)
     from dist_train.doctor import examine
 
@@ -235,7 +238,7 @@ def _parser(verb: str, description: str, fields: bool) -> argparse.ArgumentParse
     epilog = None
     if fields and {"-h", "--help"} & set(sys.argv):
         epilog = "fields of CONFIG, each an override --section.key value:\n" + _field_help()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"dist-train {verb}",
         usage=f"dist-train {verb} CONFIG [--section.key value ...]",
         description=description,

@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import re
 import statistics
@@ -64,37 +65,45 @@ class Saving:
 
 def predict_files(known: argparse.Namespace) -> None:
     """Do what the parsed command line of `dist-train predict` asks for, and print it."""
+    if known.measure and known.thresholds is None:
+        raise ConfigError(f"--measure {known.measure} is what --thresholds are compared with; give them as well")
     if known.thresholds is not None:
-        policy: Policy | None = Thresholds(_numbers(known.thresholds), known.measure)
+        policy: Policy | None = Thresholds(_numbers(known.thresholds), known.measure or "max_probability")
     elif known.patience is not None:
         policy = Patience(known.patience)
     else:
         policy = policy_for_budget(known.run, known.budget) if known.budget is not None else None
     files = find_images(known.images)
+    output = Path(known.output) if known.output else None
+    if output and (output.is_dir() or not os.access(output.parent, os.W_OK)):  # said before the work, not after it
+        raise DataError(f"{output}: cannot be written, it is a folder or in none; give another --output")
     predictor = Predictor(known.run, policy, known.batch)
     if known.exit is not None:
         predictor.policy = at_exit(known.exit, predictor.num_exits)
     done = []
-    if not known.output:
+    if not output:
         print(f"{'confidence':>10}  {'exit':>4}  {'ms':>8}  class  image")
     for p in predictor.run(files):
         done.append(p)
-        if not known.output:
+        if not output:
             print(f"{p.confidence:>10.4f}  {p.exit:>4}  {p.milliseconds:>8.2f}  {p.label}  {p.image}")
     for file, reason in predictor.unreadable:
         print(f"unreadable: {file}: {reason}", file=sys.stderr)
     if not done:
         raise DataError(f"none of the {len(files)} images can be read; see above")
-    if known.output:
-        write_csv(Path(known.output), done)
+    if output:
+        write_csv(output, done)
     print(summary(predictor.saving(), len(done), len(predictor.unreadable)))
 
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--thresholds is {text!r}; give one number per exit, such as 0.9,0.8,0.7") from None
+        numbers = [math.nan]
+    if any(map(math.isnan, numbers)):
+        raise ConfigError(f"--thresholds is {text!r}; give one number per exit, such as 0.9,0.8,0.7")
+    return numbers
 
 
 class Predictor:
@@ -220,7 +229,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and not file.is_dir())
             if not inside:
                 raise DataError(f"{path}: holds no image; images end in {', '.join(ENDINGS)}")
             found += inside

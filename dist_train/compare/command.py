@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from dist_train.arguments import Parser
 from dist_train.compare.grouping import Comparison, compare
 from dist_train.compare.output import text, track, write
 from dist_train.compare.runs import read_folder, read_store
@@ -23,7 +24,7 @@ Runs that differ only in their seed are one group; differences are against the g
 
 def run(arguments: list[str]) -> int:
     """Compare and print; 0, or UserError."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dist-train compare", description="Put runs side by side: settings, accuracy per exit, cost, curves.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip

@@ -9,16 +9,20 @@ import yaml
 
 from dist_train import checkpoint
 from dist_train.checkpoint import Position, Snapshot, State
+from dist_train.config import DataConfig
 from dist_train.config_file import make_config
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.models import interop
 from dist_train.models.msdnet import MSDNet
 from dist_train.models.weights import read_weights
+from shards.check import split_folders
 from shards.index import Index
 
 # Mean and deviation of CIFAR-100 as both repositories use them; ImageNet's are the defaults.
 CIFAR = {"image_size": 32, "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276]}
 IMAGENET = {"image_size": 224, "eval_resize": 256}
+NO_SHARDS = Path("shards")
+"""Stands in the configuration where no shards are given."""
 
 
 def convert(file: str | Path, output: str | Path, repository: str, arguments: str | Path, *overrides: str) -> Path:
@@ -30,7 +34,7 @@ def convert(file: str | Path, output: str | Path, repository: str, arguments: st
         repository: ``msdnet_pytorch`` or ``multiexit_distillation``.
         arguments: YAML or JSON file with the configuration that :mod:`~dist_train.models.interop` takes.
         overrides: fields of the configuration, ``"--data.shards", "data/cifar100"``; the names of the classes come from
-            those shards where they are there, and are numbers otherwise.
+            those shards, and are numbers without them.
 
     Raises:
         ConfigError: the configuration is incomplete, or out of range.
@@ -48,10 +52,10 @@ def convert(file: str | Path, output: str | Path, repository: str, arguments: st
         network = interop.load_multiexit_distillation(theirs, read_weights(file))
     tree = {
         "name": output.name, "runs": str(output.parent), "model": {"name": "msdnet", **model},
-        "data": {"shards": "shards", **(CIFAR if model["stem"] == 32 else IMAGENET)},
+        "data": {"shards": NO_SHARDS, **(CIFAR if model["stem"] == 32 else IMAGENET)},
     }  # fmt: skip
     config = make_config(tree, *overrides)
-    state = State(Position(), 1, _class_names(Path(config.data.location(config.data.val)), classes), "", {})
+    state = State(Position(), 1, _class_names(config.data, classes), "", {})
     folder = output / "checkpoints"
     try:
         path = checkpoint.write(folder, Snapshot(state, config, network.state_dict(), {}))
@@ -75,10 +79,11 @@ def _read_arguments(file: Path) -> dict[str, Any]:
     return content
 
 
-def _class_names(split: Path, classes: int) -> list[str]:
-    """The names in the split's index, or numbers where there are no such shards."""
-    if not (split / "index.json").exists():
+def _class_names(data: DataConfig, classes: int) -> list[str]:
+    """The names in the index of the shards, of any split, or numbers where no shards on this machine are given."""
+    if data.shards == NO_SHARDS or not isinstance(data.shards, Path):
         return [str(number) for number in range(classes)]
+    split = split_folders(data.shards)[0]
     names = list(Index.load(split).classes)
     if len(names) != classes:
         raise ConfigError(f"{split}: has {len(names)} classes, the network {classes}; give other --data.shards")

@@ -35,19 +35,19 @@ def load_msdnet_pytorch(args: Mapping[str, Any], state_dict: Mapping[str, Tensor
 def msdnet_pytorch_arguments(args: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Classes and arguments of :class:`MSDNet` for the ``args`` of :func:`load_msdnet_pytorch`; raises ConfigError as it does."""
     data = _choice(args, "data", tuple(_CLASSES))
-    growth_factors = _factors(_get(args, "grFactor"))
+    growth_factors = _factors(args, "grFactor")
     return _CLASSES[data], {
-        "exits": int(_get(args, "nBlocks")),
+        "exits": _whole(args, "nBlocks"),
         "scales": len(growth_factors),
-        "growth": int(_get(args, "growthRate")),
+        "growth": _whole(args, "growthRate"),
         "growth_factors": growth_factors,
-        "bottleneck_factors": _factors(_get(args, "bnFactor")) if args.get("bottleneck", True) else None,
-        "initial_channels": int(_get(args, "nChannels")),
-        "base": int(_get(args, "base")),
-        "step": int(_get(args, "step")),
+        "bottleneck_factors": _factors(args, "bnFactor") if args.get("bottleneck", True) else None,
+        "initial_channels": _whole(args, "nChannels"),
+        "base": _whole(args, "base"),
+        "step": _whole(args, "step"),
         "step_mode": cast(Any, _STEP_MODES[_choice(args, "stepmode", tuple(_STEP_MODES))]),
         "prune": cast(Any, _choice(args, "prune", ("min", "max"))),
-        "reduction": float(args.get("reduction", 0.5)),
+        "reduction": _share({"reduction": 0.5, **args}, "reduction"),
         "head_width": None if data == "ImageNet" else 128,
         "stem": 224 if data == "ImageNet" else 32,
         "dialect": "msdnet_pytorch",
@@ -73,18 +73,18 @@ def load_multiexit_distillation(cf_net: Mapping[str, Any], state_dict: Mapping[s
 def multiexit_distillation_arguments(cf_net: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Classes and arguments of :class:`MSDNet` for the ``cf_net`` of :func:`load_multiexit_distillation`; ConfigError as there."""
     prune = cf_net.get("prune")
-    return int(_get(cf_net, "out_dim")), {
-        "exits": int(_get(cf_net, "n_exits")),
-        "scales": int(_get(cf_net, "n_scales")),
-        "growth": int(_get(cf_net, "nplanes_addh")),
-        "growth_factors": _factors(_get(cf_net, "nplanes_mulv")),
-        "bottleneck_factors": _factors(cf_net.get("btneck_widths") or ()) or None,
-        "initial_channels": int(cf_net.get("nplanes_init", 32)),
-        "base": int(_get(cf_net, "nlayers_to_exit")),
-        "step": int(_get(cf_net, "nlayers_between_exits")),
+    return _whole(cf_net, "out_dim"), {
+        "exits": _whole(cf_net, "n_exits"),
+        "scales": _whole(cf_net, "n_scales"),
+        "growth": _whole(cf_net, "nplanes_addh"),
+        "growth_factors": _factors(cf_net, "nplanes_mulv"),
+        "bottleneck_factors": _factors(cf_net, "btneck_widths") if cf_net.get("btneck_widths") else None,
+        "initial_channels": _whole({"nplanes_init": 32, **cf_net}, "nplanes_init"),
+        "base": _whole(cf_net, "nlayers_to_exit"),
+        "step": _whole(cf_net, "nlayers_between_exits"),
         "prune": cast(Any, "none" if prune is None else _choice(cf_net, "prune", ("min", "max"))),
-        "reduction": float(cf_net.get("plane_reduction", 0.0)),
-        "head_width": cf_net.get("exit_width"),
+        "reduction": _share({"plane_reduction": 0.0, **cf_net}, "plane_reduction"),
+        "head_width": None if cf_net.get("exit_width") is None else _whole(cf_net, "exit_width"),
         "stem": _choice(cf_net, "in_shape", (32, 224)),
         "dialect": "multiexit_distillation",
     }
@@ -214,5 +214,27 @@ def _choice(mapping: Mapping[str, Any], key: str, allowed: Sequence[Any]) -> Any
     return value
 
 
-def _factors(value: str | Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(factor) for factor in (value.split("-") if isinstance(value, str) else value))
+def _whole(mapping: Mapping[str, Any], key: str) -> int:
+    value = _get(mapping, key)
+    if not re.fullmatch(r"[1-9]\d*", str(value)):
+        raise ConfigError(f"{key} is {value!r}; it must be a whole number above 0")
+    return int(value)
+
+
+def _share(mapping: Mapping[str, Any], key: str) -> float:
+    value = _get(mapping, key)
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ConfigError(f"{key} is {value!r}; it must be a number from 0 to 1")
+    return share
+
+
+def _factors(mapping: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = _get(mapping, key)
+    parts = value.split("-") if isinstance(value, str) else value
+    if not isinstance(parts, Sequence) or not parts or not all(re.fullmatch(r"[1-9]\d*", str(part)) for part in parts):
+        raise ConfigError(f'{key} is {value!r}; it must be whole numbers above 0, one per scale, such as "1-2-4"')
+    return tuple(int(part) for part in parts)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,13 +25,14 @@ def read_weights(file: str | Path) -> Mapping[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how the pickle is written
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
-            f"{file}: holds no weights, or more than weights, which is not read ({reason}); give a file that "
+            f"{file}: holds no weights, or more than weights, which is not read ({_reason(error)}); give a file that "
             "torch.load reads with weights_only=True, or safetensors"
         ) from None
     for key in ("state_dict", "model"):
@@ -39,6 +40,11 @@ def read_weights(file: str | Path) -> Mapping[str, Tensor]:
             content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, not weights by name; give a state dict")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{file}: holds a {type(value).__name__} under {key!r}, not a tensor under a name; give the state dict alone"
+            )
     return content
 
 
@@ -74,6 +80,13 @@ def load_backbone(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
         )
     fitting = {key: value for key, value in given.items() if key in own and key not in misshapen}
     model.load_state_dict(own | fitting)
+
+
+def _reason(error: Exception) -> str:
+    """What torch or safetensors found, without torch's advice to run the file's code."""
+    text = str(error).strip()
+    found = re.search(r"WeightsUnpickler error: (.+?)(?:\. |\n|$)", text) or re.search(r"[^.]*[a-z][^.\n]*", text)
+    return found[found.lastindex or 0].strip()[:120] if found else type(error).__name__
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -143,6 +143,11 @@ def test_verbs(command, refused):
     assert "use one of plan, train, eval, predict, convert, compare, study, sync, bench, doctor" in refused(
         "trian", "x.yaml"
     )
+    assert "the following arguments are required: RUN; see dist-train eval --help" in refused("eval")
+    assert "unrecognized arguments: --sure; see dist-train predict --help" in refused("predict", "r", "i", "--sure")
+    assert "unrecognized arguments: --best; see dist-train compare --help" in refused("compare", "--best")
+    assert "invalid choice: 'luck' (choose from" in refused("bench", "luck")
+    assert "WHAT" in command("dist_train", "bench", "--help").stdout
     shown = command("dist_train", "doctor")
     assert shown.returncode == 0, shown.stdout
     assert "A run can start here." in shown.stdout

@@ -172,7 +172,10 @@ def test_bad_input_is_one_line(run, photos, tmp_path, capsys):
     assert "holds no image" in said(capsys, folder, tmp_path)
     assert "1 thresholds are given for 3 exits" in said(capsys, folder, photos, "--thresholds", "0.5")
     assert "give one number per exit" in said(capsys, folder, photos, "--thresholds", "high")
+    assert "give one number per exit" in said(capsys, folder, photos, "--thresholds", "nan,0.5")
+    assert "give them as well" in said(capsys, folder, photos, "--exit", 1, "--measure", "margin")
     assert "patience is 3" in said(capsys, folder, photos, "--patience", 3)
     assert "exits 1 to 3" in said(capsys, folder, photos, "--exit", 4)
     assert "--batch is 0" in said(capsys, folder, photos, "--batch", 0)
-    assert "cannot be written" in said(capsys, folder, photos / "00.png", "--output", tmp_path / "no" / "out.csv")
+    for output in (tmp_path / "no" / "out.csv", tmp_path):  # before the images are read: the only one is none
+        assert "cannot be written" in said(capsys, folder, folder / "report.json", "--output", output)

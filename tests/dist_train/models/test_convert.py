@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +85,15 @@ def test_what_cannot_be_converted_is_one_line(files: Path, capsys: pytest.Captur
     assert "holds no weights" in said("text.pth")
     (files / "text.safetensors").write_text("no weights")
     assert "holds no weights" in said("text.safetensors")
+    (files / "text.pkl").write_bytes(pickle.dumps({"a": os.system}))
+    assert "trusted" not in said("text.pkl")
+    torch.save({"state_dict": {1: torch.zeros(1)}}, files / "numbers.pth")
+    assert "holds a Tensor under 1, not a tensor under a name" in said("numbers.pth")
     torch.save([1, 2], files / "list.pth")
     assert "holds a list" in said("list.pth")
     assert "No such file" in said("nothing.pth")
     assert "exists already" in said("theirs.pth.tar", "args.yaml")
+    assert "holds no shards" in said("theirs.pth.tar", "ours", "--data.shards", files)
     assert "data.sizes" in said("theirs.pth.tar", "ours", "--data.sizes", 3)
     fewer = {key: value for key, value in their_weights().items() if key != "classifier.1.linear.bias"}
     torch.save(fewer, files / "fewer.pth")
@@ -95,5 +102,17 @@ def test_what_cannot_be_converted_is_one_line(files: Path, capsys: pytest.Captur
     line = said("theirs.pth.tar")
     assert "the weights have 3 exits and 10 classes" in line
     assert "misshapen" in line
+    for key, value, allowed in (
+        ("nBlocks", "many", "a whole number above 0"),
+        ("nBlocks", 0, "a whole number above 0"),
+        ("base", -1, "a whole number above 0"),
+        ("growthRate", 2.5, "a whole number above 0"),
+        ("nChannels", None, "a whole number above 0"),
+        ("grFactor", "1-x", "whole numbers above 0, one per scale"),
+        ("bnFactor", 3, "whole numbers above 0, one per scale"),
+        ("reduction", "half", "a number from 0 to 1"),
+    ):
+        (files / "args.yaml").write_text(json.dumps(ARGS | {key: value}))
+        assert f"{key} is {value!r}; it must be {allowed}" in said("theirs.pth.tar")
     (files / "args.yaml").write_text("- 1")
     assert "holds a list" in said("theirs.pth.tar")
