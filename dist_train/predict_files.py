@@ -30,7 +30,7 @@ from dist_train.engine import autocast
 from dist_train.errors import CheckpointError, ConfigError, DataError
 from dist_train.models.cost import exit_costs
 from dist_train.policy import confidence
-from dist_train.prediction import Patience, Policy, Thresholds, at_exit, predict
+from dist_train.prediction import Patience, Policy, Predictions, Thresholds, at_exit, predict
 from shards.images import Unreadable, encode
 
 ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -59,8 +59,9 @@ class Saving:
     """Per image, on average, as ``iter_exits`` computes."""
     full_multiply_adds: int
     milliseconds: float
-    """Per image, on average, from a batch's tensor to its last result, divided by the batch."""
+    """Per image, from a batch's tensor to its last result, divided by the batch; median over the batches."""
     full_milliseconds: float
+    """The same of the whole network, on the 1st, 2nd, 4th, 8th, ... of these batches."""
 
 
 def predict_files(known: argparse.Namespace) -> None:
@@ -142,13 +143,14 @@ class Predictor:
 
     def run(self, files: Iterable[Path]) -> Iterator[FilePrediction]:
         """Predict file after file; those that cannot be read are left out and noted in ``unreadable``."""
-        for names, images in self._read(files):
-            if not self._full:
-                self._measure_full(images)
-            start = time.perf_counter()
-            with autocast(self._precision, self._device):
-                result = predict(self.network, images, self.policy)
-            self._times.append(1000 * (time.perf_counter() - start))
+        everything = at_exit(self.num_exits, self.num_exits)
+        for number, (names, images) in enumerate(self._read(files), start=1):
+            if number == 1:
+                self._timed(images, everything)  # warms up
+            result, milliseconds = self._timed(images, self.policy)
+            self._times.append(milliseconds)
+            if number & (number - 1) == 0:
+                self._full.append(self._timed(images, everything)[1])
             self._exits += result.exits.tolist()
             rows = zip(
                 names,
@@ -168,19 +170,16 @@ class Predictor:
             shares=(counts / images).tolist(),
             multiply_adds=float(counts @ np.array(self._costs, dtype=np.float64)) / images,
             full_multiply_adds=self._costs[-1],
-            milliseconds=sum(self._times) / images,
+            milliseconds=statistics.median(self._times),
             full_milliseconds=statistics.median(self._full),
         )
 
-    def _measure_full(self, images: Tensor) -> None:
-        """Time of the whole network per image on this batch; the first pass only warms up."""
-        everything = at_exit(self.num_exits, self.num_exits)
+    def _timed(self, images: Tensor, policy: Policy) -> tuple[Predictions, float]:
+        """The prediction for a batch, and its milliseconds per image."""
+        start = time.perf_counter()
         with autocast(self._precision, self._device):
-            for _ in range(4):
-                start = time.perf_counter()
-                predict(self.network, images, everything)
-                self._full.append(1000 * (time.perf_counter() - start) / len(images))
-        del self._full[0]
+            result = predict(self.network, images, policy)
+        return result, 1000 * (time.perf_counter() - start) / len(images)
 
     def _read(self, files: Iterable[Path]) -> Iterator[tuple[list[Path], Tensor]]:
         """Batches of the files that can be read, as evaluation prepares them."""

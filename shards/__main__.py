@@ -175,7 +175,8 @@ def _check(options: argparse.Namespace) -> int:
             print(f"shards: {split}: {entry.key}: {entry.why}", file=sys.stderr)
         one.index.save_quarantine(one.bad)
         faults = len(one.faults) + len(one.bad)
-        print(f"{split}: {len(one.index)} images, {f'{faults} faults' if faults else 'no fault'}")
+        counted = f"{faults} fault{'s' if faults > 1 else ''}" if faults else "no fault"
+        print(f"{split}: {len(one.index)} images, {counted}")
         print(f"  {info.per_class(one.index)}")
         if one.bad:
             print(f"  {len(one.bad)} images are in {QUARANTINE_FILE}, training leaves them out")

@@ -159,8 +159,9 @@ def _check_shard(task: tuple[Path, int]) -> _Found:
                 for why in _faults(index, sample, members, data, image):
                     found.bad.append(Bad(sample, index.key[sample].decode(), why))
                     break
-    except (OSError, ValueError) as error:  # gone, or empty, which cannot be mapped
-        found.faults.append(f"{path}: cannot be read ({error})")
+    except (OSError, ValueError) as error:  # gone or empty, which cannot be mapped and is said above
+        if not found.faults:
+            found.faults.append(f"{path}: cannot be read ({error})")
     return found
 
 

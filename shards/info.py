@@ -48,6 +48,8 @@ def _sizes(index: Index) -> str:
 def per_class(index: Index) -> str:
     """A line about the smallest and the largest class, empty ones, and images without a label."""
     counts = np.bincount(index.label[index.label >= 0], minlength=len(index.classes))
+    if not index.classes:
+        return f"{len(index)} images without a label, and no classes"
     low, high = int(counts.argmin()), int(counts.argmax())
     if counts[low] == counts[high]:
         text = f"{counts[low]} images of every class"

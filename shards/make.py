@@ -143,8 +143,20 @@ def make_samples(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a split: ``samples``, ``per_class``, and (file, reason) of ``skipped`` and ``converted``, counts of ``odd``."""
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+    """The manifest of a split: ``samples``, ``per_class``, and (file, reason) of ``skipped`` and ``converted``, counts of ``odd``.
+
+    Raises:
+        DataError: it cannot be read, or is malformed.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not {"skipped", "converted", "odd"} <= manifest.keys():
+        raise DataError(f"{path}: is malformed; nothing but `shards info` needs it, remove it or make the shards again")
     return manifest
 
 

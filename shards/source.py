@@ -92,6 +92,8 @@ class Source:
         """Train's items by class in an order that looks random, and those without a label."""
         if "train" not in self.splits:
             raise DataError(f"{option} is given, but the source has no train split to take from")
+        if not self.classes:
+            raise DataError(f"{option} is given, but no image of the source has a class")
         by_class: list[list[Item]] = [[] for _ in self.classes]
         unlabeled: list[Item] = []
         for item in shuffled(self.splits["train"], f"{salt}/{seed}" if seed else salt):

@@ -129,11 +129,14 @@ def compare(
     for run in runs:
         place = (labels[run.name],) if labels else tuple(run.fields.get(key, "") for key in differing)
         found.setdefault(place, []).append(run)
-    groups = []
-    for members in found.values():
-        values = {key: members[0].fields.get(key, "") for key in differing}
-        label = labels[members[0].name] if labels else _label(values, members[0])
-        groups.append(Group(label, members, values))
+    values = [{key: members[0].fields.get(key, "") for key in differing} for members in found.values()]
+    firsts = [members[0] for members in found.values()]
+    names = [_label(one, run) for one, run in zip(values, firsts)]
+    if len(set(names)) < len(names):
+        names = [_label(one, run, short=False) for one, run in zip(values, firsts)]
+    if labels:
+        names = [labels[run.name] for run in firsts]
+    groups = [Group(*group) for group in zip(names, found.values(), values)]
     comparison = Comparison(title, groups, bases=bases or {})
     return replace(comparison, notes=_notes(comparison))
 
@@ -166,11 +169,17 @@ def _order(runs: Sequence[RunData]) -> Callable[[str], int]:
     return lambda key: place[key]
 
 
-def _label(values: Mapping[str, str], run: RunData) -> str:
-    """Short names where they are clear: `teachers later, mix 0.3`; the run's name where nothing differs."""
+def _label(values: Mapping[str, str], run: RunData, short: bool = True) -> str:
+    """Short names where they are clear: `teachers later, mix 0.3`; the run's name where nothing differs.
+
+    Of a path only its end, where it is ``short``.
+    """
     leaves = [key.rpartition(".")[2] for key in values]
     names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(values, leaves)}
-    return ", ".join(f"{names[key]} {value.rpartition('/')[2]}" for key, value in values.items()) or run.name
+    return (
+        ", ".join(f"{names[key]} {value.rpartition('/')[2] if short else value}" for key, value in values.items())
+        or run.name
+    )
 
 
 def _data_differences(first: Group, second: Group) -> list[str]:

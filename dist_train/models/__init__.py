@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
@@ -84,9 +85,16 @@ def _call_by_name(name: str, num_classes: int, options: Mapping[str, Any]) -> nn
     """Call ``module:function`` with the number of classes."""
     module, _, function = name.partition(":")
     try:
-        network = getattr(importlib.import_module(module), function)(num_classes, **options)
-    except (ImportError, AttributeError) as error:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"model.name is {name!r}, which cannot be found ({error}); use module:function") from None
+    try:
+        inspect.signature(build).bind(num_classes, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.name is {name!r}, which cannot be called with the number of classes and model.options ({error})"
+        ) from None
+    network = build(num_classes, **options)
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"model.name is {name!r}, which gives a {type(network).__name__}; it must give a torch.nn.Module"

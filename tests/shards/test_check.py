@@ -132,3 +132,22 @@ def test_shards_that_are_gone_or_cut_are_named(out: Path, capsys: pytest.Capture
     assert "shard-000002.tar: has 0 bytes" in errors
     assert "shard-000003.tar: has 10000 bytes" in errors
     assert "Traceback" not in errors + printed
+
+
+def test_images_without_any_label_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_samples([Sample(f"x{n}", None, picture(n)) for n in range(3)], tmp_path / "out")
+    for verb in ("info", "check"):
+        code, printed, errors = said(capsys, verb, tmp_path / "out")
+        assert (code, errors) == (0, "")
+        assert "3 images without a label, and no classes" in printed
+    code, _, errors = said(capsys, "subset", tmp_path / "out", tmp_path / "part", "--per-class", 1)
+    assert (code, errors) == (2, "shards: --per-class is given, but no image of the source has a class\n")
+
+
+def test_a_manifest_that_was_changed_is_one_line(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ("{", "{}"):
+        (out / "train" / "manifest.json").write_text(content)
+        code, _, errors = said(capsys, "info", out / "train")
+        assert code == 2
+        assert "manifest.json: is malformed" in errors
+        assert errors.count("\n") == 1

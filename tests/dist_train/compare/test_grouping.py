@@ -66,6 +66,13 @@ def test_time_leaves_pauses_out_and_speed_is_over_the_whole_training(make_run):
     assert run.images_per_second == pytest.approx(20 * 64 / 15)
 
 
+def test_groups_have_different_names(make_run):
+    places = ("a/digits", "b/digits", "b/photos")
+    runs = [read_folder(make_run(f"r{n}", [0.5], data__shards=place)) for n, place in enumerate(places)]
+    assert [group.label for group in compare(runs).groups] == [f"shards {place}" for place in places]
+    assert [group.label for group in compare(runs[1:]).groups] == ["shards digits", "shards photos"]
+
+
 def test_reports_on_other_images_are_not_compared(make_run):
     data = {"val_data": "aaaa"}
     runs = [

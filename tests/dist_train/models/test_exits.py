@@ -240,6 +240,9 @@ def test_network_of_ones_own_by_configuration() -> None:
     for name, said in (
         ("no_such_module:f", "cannot be found"),
         ("torch:no_such", "cannot be found"),
+        (":f", "cannot be found"),
+        ("torch:float32", "cannot be called with the number of classes"),
+        ("shards.sources:digits", "cannot be called with the number of classes"),
         ("math:sqrt", "a float"),
     ):
         with pytest.raises(ConfigError, match=said):
