@@ -140,12 +140,21 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, batch: int) -> None:
-        """Drop what was logged after a global batch, since it will be done again; a torn last line goes too."""
+    def rewind(self, batch: int, evaluated: bool) -> None:
+        """Drop what was logged after a global batch, since it will be done again; a torn last line goes too.
+
+        The evaluation at that batch is kept where the checkpoint knows of it (``evaluated``): else it will be done again.
+        """
         if not self.path.exists():
             return
+
+        def stays(entry: dict[str, Any] | None) -> bool:
+            if entry is None or entry["batch"] > batch:
+                return False
+            return evaluated or entry["batch"] < batch or "val/mean_top1" not in entry["metrics"]
+
         lines = self.path.read_text().splitlines()
-        kept = [line for line in lines if (entry := parse_line(line)) is not None and entry["batch"] <= batch]
+        kept = [line for line in lines if stays(parse_line(line))]
         if len(kept) < len(lines):
             draft = self.path.with_suffix(".tmp")
             draft.write_text("".join(line + "\n" for line in kept))

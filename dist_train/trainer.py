@@ -148,6 +148,8 @@ class Trainer:
                     if stopped or self._at_end():
                         break
                     stopped = self._train_epoch()
+            if not stopped and self.evaluation is None and self._report_is_missing():
+                self.evaluation = self.evaluator.run(self._evaluated_weights())
             status = "RUNNING" if stopped else "FINISHED"
             return self._close(finished=not stopped)
         except KeyboardInterrupt:
@@ -244,8 +246,7 @@ class Trainer:
         due = self._at_end() or epoch % self.config.train.eval_every == 0
         best = False
         if due and self.position.evaluated != self.position.batch:
-            weights = self.engine.averaged_weights() or self.engine.weights()
-            self.evaluation = self.evaluator.run(weights, lambda: self.requests.received is not None)
+            self.evaluation = self.evaluator.run(self._evaluated_weights(), lambda: self.requests.received is not None)
             if self.evaluation is None:
                 self._save()
                 return True
@@ -261,6 +262,13 @@ class Trainer:
         if best or self._at_end() or (every and epoch % every == 0):
             self._save(best)
         return False
+
+    def _evaluated_weights(self) -> dict[str, torch.Tensor]:
+        return self.engine.averaged_weights() or self.engine.weights()
+
+    def _report_is_missing(self) -> bool:
+        """Whether an earlier start was ended after its last checkpoint and before its report."""
+        return self.group.broadcast(self.rank == 0 and not (self.config.folder / "report.json").exists())
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -382,7 +390,7 @@ class Trainer:
         folder = self.config.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.metrics.rewind(self.position.batch)
+            self.metrics.rewind(self.position.batch, self.position.evaluated == self.position.batch)
             (folder / "config.yaml").write_text(dump_config(self.config))
             (folder / "env.json").write_text(self.environment.json())
         except OSError as error:

@@ -164,12 +164,19 @@ def test_killed_and_stopped_runs_end_as_the_uninterrupted_one(digits, tmp_path):
         assert report["images"] == 360
 
 
-def test_the_same_command_after_the_end_changes_nothing(ranks, digits, tmp_path):
-    config = settings(digits, tmp_path, "twice", max_steps=4)
+@pytest.mark.parametrize("steps", [4, 5])  # with the last checkpoint written before the evaluation, and after it
+def test_the_same_command_after_the_end_changes_nothing(ranks, digits, tmp_path, steps):
+    config = settings(digits, tmp_path, "twice", max_steps=steps)
     ranks(train_all, 1, [config])
     before = {path: path.read_bytes() for path in (config.folder / "checkpoints").rglob("*") if path.is_file()}
-    assert ranks(train_all, 1, [config]) == [[4]]
+    assert ranks(train_all, 1, [config]) == [[steps]]
     assert {path: path.read_bytes() for path in before} == before
+    report = (config.folder / "report.json").read_bytes()
+    (config.folder / "report.json").unlink()  # as when it was killed just before it wrote it
+    assert ranks(train_all, 1, [config]) == [[steps]]
+    assert (config.folder / "report.json").read_bytes() == report
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    assert [line["batch"] for line in lines if "val/mean_top1" in line["metrics"]] == [steps]
 
 
 def test_updates_that_are_not_finite_are_refused_and_end_the_run_with_its_checkpoint_whole(digits, tmp_path, command):
