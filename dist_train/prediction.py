@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ class Thresholds:
     temperatures: Sequence[float] | None = None
 
     def check(self, num_exits: int) -> None:
-        """Raise ConfigError where there is not one threshold (and temperature) per exit."""
+        """Raise ConfigError where there is not one number (and temperature) per exit."""
         if len(self.values) not in (num_exits, num_exits - 1):
             raise ConfigError(
                 f"{len(self.values)} thresholds are given for {num_exits} exits; give {num_exits - 1}, the last exit needs none"
             )
+        if any(math.isnan(value) for value in self.values):
+            raise ConfigError(f"thresholds are {list(self.values)}; allowed are numbers and infinity")
         if self.temperatures is not None and len(self.temperatures) != num_exits:
             raise ConfigError(
                 f"{len(self.temperatures)} temperatures are given for {num_exits} exits; give one per exit"

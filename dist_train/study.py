@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dist_train.arguments import Parser
 from dist_train.compare.grouping import NEUTRAL
 from dist_train.config import Natural, Positive, Section
 from dist_train.config_file import changed_fields, explain, load_config, make_config, parse_yaml, plain
@@ -174,7 +175,7 @@ def finished(study: StudyConfig, cell: Cell) -> bool:
 
 def run(arguments: list[str]) -> int:
     """Train or submit what is missing, then compare; 0, 1 where a cell failed, 75 when asked to stop, or UserError."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dist-train study", description="Train a grid of runs, and compare them; the same command goes on.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip

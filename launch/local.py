@@ -5,11 +5,11 @@ python -m launch.local -n 2 CONFIG [--section.key value ...]
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
+from dist_train.arguments import Parser
 from dist_train.dist import free_port
 from dist_train.errors import ConfigError, UserError
 from launch.node import Node, Place, stop_on_signals
@@ -17,15 +17,15 @@ from launch.node import Node, Place, stop_on_signals
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the configuration here, once; then start the processes and wait for them.  Returns their exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m launch.local",
         description="Train on this machine, one process per GPU, or CPU processes that share its cores.",
         allow_abbrev=False,
     )
     parser.add_argument("-n", "--processes", type=int, metavar="N", help="processes (default: one per GPU, or one)")
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    known, overrides = parser.parse_known_args(arguments)
     try:
+        known, overrides = parser.parse_known_args(arguments)
         processes = _processes(known.processes)
         _check(known.config, overrides, processes)
     except UserError as error:

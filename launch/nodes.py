@@ -5,7 +5,6 @@ python -m launch.nodes --hostfile hosts CONFIG [--section.key value ...]
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from dist_train.arguments import Parser
 from dist_train.dist import free_port
 from dist_train.errors import ConfigError, UserError
 from launch.node import GRACE_SECONDS, Place, stop_on_signals
@@ -36,7 +36,7 @@ OWN = re.compile(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check configuration and nodes here, once; then start the processes and wait for them.  Returns their exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m launch.nodes",
         description="Train on several nodes over ssh; all of them see the same folders under the same names.",
         allow_abbrev=False,
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--master-addr", metavar="ADDRESS", help="address of the first node (default: as ssh knows it)")
     parser.add_argument("--master-port", type=int, metavar="PORT", help="port there (default: one that is free here)")
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    known, overrides = parser.parse_known_args(arguments)
     try:
+        known, overrides = parser.parse_known_args(arguments)
         hosts = read_hostfile(known.hostfile)
         _check_run(known.config, overrides, sum(hosts.values()))
         _check_nodes(hosts, known.config)

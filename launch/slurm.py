@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from dist_train.arguments import Parser
 from dist_train.config import SlurmConfig
 from dist_train.errors import SlurmError, UserError
 
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit, or start the ranks where this is inside an allocation already; returns the exit code."""
-    known, overrides = _parser().parse_known_args(arguments)
-    asked = _as_overrides(known)
     try:
+        known, overrides = _parser().parse_known_args(arguments)
+        asked = _as_overrides(known)
         if "SLURM_JOB_ID" not in os.environ:
             return _submit(known, [*asked, *overrides])
         if asked or known.sweep or known.dry_run or known.follow:
@@ -50,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         "python -m launch.slurm",
         description="Train on a SLURM cluster. A job that is preempted or reaches its time limit saves and goes on.",
         epilog="Every other flag can stand in the section slurm of CONFIG as well.",

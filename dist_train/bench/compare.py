@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dist_train.arguments import Parser
 from dist_train.compare import command
 from dist_train.config_file import dump_config, flat_fields, make_config
 
@@ -22,7 +22,7 @@ METRICS = [f"train/exit{number}/{name}" for number in range(1, 6) for name in ("
 
 def run(arguments: list[str]) -> int:
     """Make runs with synthetic metrics, compare them both ways, print (and with --json write) the seconds."""
-    parser = argparse.ArgumentParser("dist-train bench compare", description="Time a comparison of many runs.")
+    parser = Parser("dist-train bench compare", description="Time a comparison of many runs.")
     parser.add_argument("--runs", type=int, default=100, help="runs to compare (100)")
     parser.add_argument("--points", type=int, default=10_000, help="metric points of each run (10000)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here")

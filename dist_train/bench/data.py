@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_train.arguments import Parser
 from dist_train.errors import DataError, TrainingError
 
 BATCH = 64
@@ -30,7 +31,7 @@ TARGETS = ((OURS, DALI, 0.95), (OURS, PIL, 2.0))
 
 def run(arguments: list[str]) -> int:
     """``dist-train bench data --images TAR_OR_FOLDER [--json PATH] [--samples N] [--threads N] [--rounds N]``."""
-    parser = argparse.ArgumentParser("dist-train bench data", description=__doc__, allow_abbrev=False)
+    parser = Parser("dist-train bench data", description=__doc__, allow_abbrev=False)
     parser.add_argument("--images", type=Path, required=True, metavar="PATH", help="JPEGs: a tar, or a folder")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--samples", type=_positive, default=3000, metavar="N", help="the images repeated to so many")

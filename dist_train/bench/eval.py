@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import resource
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_train import budget
+from dist_train.arguments import Parser
 from dist_train.report.samples import Table
 
 IMAGES, EXITS, CLASSES, BUDGETS = 50_000, 5, 1_000, 40
@@ -26,7 +26,7 @@ ROUNDS = 3
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The verb ``dist-train bench eval``."""
-    parser = argparse.ArgumentParser(prog="dist-train bench eval", description=__doc__)
+    parser = Parser(prog="dist-train bench eval", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the measurements to this file")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"images (default: {IMAGES:,})")
     known = parser.parse_args(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_train.arguments import Parser
 from dist_train.config import LossConfig
 from dist_train.loss import ExitDistillation
 
@@ -122,7 +122,7 @@ def bench_loss(json_path: str | Path | None = None, shapes: Sequence[tuple[int, 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """The verb ``dist-train bench loss``."""
-    parser = argparse.ArgumentParser(prog="dist-train bench loss", description=__doc__)
+    parser = Parser(prog="dist-train bench loss", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the measurements to this file")
     bench_loss(parser.parse_args(argv).json)
     return 0

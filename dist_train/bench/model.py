@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -16,6 +15,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from dist_train.arguments import Parser
 
 BLOCKS = 5
 """Timed blocks per variant, taken in turn so that a slower moment of the machine meets all of them."""
@@ -33,7 +34,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 def run(arguments: list[str]) -> int:
     """``dist-train bench model [--json PATH] [--networks cifar imagenet] [--steps N] [--batch N]``."""
-    parser = argparse.ArgumentParser("dist-train bench model", description=__doc__, allow_abbrev=False)
+    parser = Parser("dist-train bench model", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="training steps per timed block")

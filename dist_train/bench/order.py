@@ -5,7 +5,6 @@ Nothing is read: the order is a function of the number of samples and shards alo
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 import tracemalloc
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_train.arguments import Parser
 from dist_train.data.order import epoch_order
 from dist_train.errors import ConfigError
 
@@ -30,7 +30,7 @@ Ids = NDArray[np.int64]
 
 def run(arguments: list[str]) -> int:
     """``dist-train bench order [--window W] [--samples N --shards S] [--json PATH]``."""
-    parser = argparse.ArgumentParser("dist-train bench order", description=__doc__, allow_abbrev=False)
+    parser = Parser("dist-train bench order", description=__doc__, allow_abbrev=False)
     parser.add_argument("--window", type=int, default=16, metavar="W", help="shards shuffled together (data.window)")
     parser.add_argument("--samples", type=int, metavar="N", help="default: ImageNet's, and 14 million in 14,000 shards")
     parser.add_argument("--shards", type=int, metavar="S")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_train.arguments import Parser
 from dist_train.errors import DataError
 
 CLASSES = 10
@@ -42,7 +42,7 @@ class Row:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The verb ``dist-train bench shards``."""
-    parser = argparse.ArgumentParser("dist-train bench shards", description=__doc__)
+    parser = Parser("dist-train bench shards", description=__doc__)
     parser.add_argument(
         "--images", type=Path, metavar="PATH", help="tar or folder of JPEGs (default: drawn ones of 110 KB)"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
@@ -13,12 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from dist_train.arguments import Parser
+
 PART = re.compile(r"([a-zA-Z ]+) ([\d.]+) s")
 
 
 def run(arguments: list[str]) -> int:
     """``dist-train bench start [--json PATH] [--processes N] [--runs N] [--section.key value]``; medians over the runs."""
-    parser = argparse.ArgumentParser("dist-train bench start", description=__doc__, allow_abbrev=False)
+    parser = Parser("dist-train bench start", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--processes", type=int, default=2, metavar="N")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs, after one that is not timed")

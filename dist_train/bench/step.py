@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
@@ -17,13 +16,15 @@ from typing import Any, cast
 
 import torch
 
+from dist_train.arguments import Parser
+
 BLOCKS = 7
 """Timed blocks per variant, taken in turn so that a slower moment of the machine meets all of them."""
 
 
 def run(arguments: list[str]) -> int:
     """``dist-train bench step [--json PATH] [--processes 1 2] [--steps N] [--micro-batch N] [--section.key value]``."""
-    parser = argparse.ArgumentParser("dist-train bench step", description=__doc__, allow_abbrev=False)
+    parser = Parser("dist-train bench step", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N")
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps per timed block")

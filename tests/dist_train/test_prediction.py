@@ -128,6 +128,7 @@ def test_policies_that_do_not_fit_are_refused(network):
     images = torch.randn(1, 3, 16, 16).double()
     for policy, said in (
         (Thresholds([0.5]), "1 thresholds are given for 4 exits; give 3"),
+        (Thresholds([0.5, float("nan"), 0.5]), "allowed are numbers and infinity"),
         (Thresholds([0.5] * 3, temperatures=[1.0]), "1 temperatures are given for 4 exits"),
         (Patience(4), "patience is 4"),
         (Patience(0), "patience is 0"),
