@@ -135,7 +135,11 @@ def _chunk(
         gradient = grads if grads.dtype == q.dtype else torch.empty_like(q)
         # All weighted pairs together have the gradient of one cross-entropy to the mixed teachers.
         torch.mm(constants.mixing, q.view(len(q), -1), out=gradient.view(len(q), -1))
-    ce, smooth_ce = _label_terms(plain, labels, constants.smoothing, coefficients * constants.headroom, gradient)
+    index = [ids.expand(len(x), -1).unsqueeze(-1) for ids in labels.ids]
+    picked = [x.gather(-1, one) for one in index]
+    ce, smooth_ce = _label_terms(
+        plain, labels, index, picked, constants.smoothing, coefficients * constants.headroom, gradient
+    )
     loss = (smooth_ce * coefficients).sum()
     if grads is not None and gradient is not None:
         if finite is not None:
@@ -148,7 +152,7 @@ def _chunk(
     loss += ((cross if constants.cross_entropy else kl) * constants.values).sum()
     counted = labels.valid if finite is None else labels.valid & finite
     confidence = _where(finite, _confidence(warm, constants.reader)).sum()
-    hits = (_ranks(x, _judged(labels), room=plain.p) < _HITS) & counted
+    hits = (_ranks(x, *_judged(labels, picked), room=plain.p) < _HITS) & counted
     nonfinite = 0 if finite is None else len(finite) - int(finite.sum())
     counts = torch.tensor([float(confidence), q.shape[1], int(counted.sum()), 0, nonfinite])
     vector = [_where(counted, ce).sum(1), kl.view(-1), hits.sum(2).view(-1), counts]
@@ -208,20 +212,28 @@ def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _label_terms(
-    plain: _Softened, labels: _Labels, smoothing: float, factor: Tensor, gradient: Tensor | None
+    plain: _Softened,
+    labels: _Labels,
+    index: list[Tensor],
+    picked: list[Tensor],
+    smoothing: float,
+    factor: Tensor,
+    gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies [M, N] without and with smoothing; adds ``factor`` [M, N] times the gradient of the latter."""
+    """Cross-entropies [M, N] without and with smoothing; adds ``factor`` [M, N] times the gradient of the latter.
+
+    ``index`` and ``picked`` [M, N, 1] are each label's class and logit.
+    """
     keep = 1 - smoothing
     factor = factor.unsqueeze(-1)
     mass: float | Tensor = 1.0
     ce = plain.lse
     if labels.soft is None:
-        for number, ids in enumerate(labels.ids):
-            index = ids.expand(len(ce), -1).unsqueeze(-1)
+        for number, (place, logit) in enumerate(zip(index, picked)):
             part = labels.shares[number].unsqueeze(-1) if labels.shares else 1.0
-            ce = ce - (part * plain.x.gather(-1, index).clamp(min=MASKED)).squeeze(-1)
+            ce = ce - (part * logit.clamp(min=MASKED)).squeeze(-1)
             if gradient is not None:
-                gradient.scatter_add_(-1, index, factor * (-keep * part))
+                gradient.scatter_add_(-1, place, factor * (-keep * part))
     else:
         mass = labels.soft.sum(-1, keepdim=True)
         ce = plain.lse * mass.squeeze(-1) - (plain.x.clamp(min=MASKED) * labels.soft).sum(-1)
@@ -240,21 +252,24 @@ def _label_terms(
     return ce, smooth_ce
 
 
-def _judged(labels: _Labels) -> Tensor:
-    """The label [N] by which hits are counted: of two, the one with the larger share."""
-    return torch.where(labels.shares[0] >= 0.5, labels.ids[0], labels.ids[1]) if labels.shares else labels.ids[0]
+def _judged(labels: _Labels, picked: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The label [N] by which hits are counted, of two the one with the larger share, and its logit [M, N, 1]."""
+    if not labels.shares:
+        return labels.ids[0], picked[0]
+    first = labels.shares[0] >= 0.5
+    one, other = labels.ids
+    return torch.where(first, one, other), torch.where(first[:, None], picked[0], picked[1])
 
 
-def _ranks(x: Tensor, ids: Tensor, room: Tensor) -> Tensor:
+def _ranks(x: Tensor, ids: Tensor, label: Tensor, room: Tensor) -> Tensor:
     """How many classes [M, N] come before the label: larger logits, and equal ones of earlier classes.
 
     Comparisons are written over ``room``, which is like ``x``, as floats, because sums of floats are vectorised.
     """
-    label = x.gather(-1, ids.expand(len(x), -1).unsqueeze(-1))
     larger = torch.gt(x, label, out=room).sum(-1)
-    equal = torch.eq(x, label, out=room).sum(-1)
-    tied = (equal > 1) & (larger < 5)
-    if bool(tied.any()):
+    torch.eq(x, label, out=room)
+    if float(room.sum()) != label.numel():  # each label equals itself; a tie, or a NaN, makes another sum
+        tied = (room.sum(-1) > 1) & (larger < 5)
         earlier = torch.arange(x.shape[-1]) < ids[:, None]
         exits, samples = tied.nonzero(as_tuple=True)
         larger[exits, samples] += (room[exits, samples] * earlier[samples]).sum(-1)
