@@ -140,10 +140,10 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, batch: int, evaluated: bool) -> None:
+    def rewind(self, batch: int, evaluates: bool) -> None:
         """Drop what was logged after a global batch, since it will be done again; a torn last line goes too.
 
-        The evaluation at that batch is kept where the checkpoint knows of it (``evaluated``): else it will be done again.
+        With ``evaluates``, the evaluation at that batch goes as well: the checkpoint was written before it.
         """
         if not self.path.exists():
             return
@@ -151,7 +151,7 @@ class MetricsFile:
         def stays(entry: dict[str, Any] | None) -> bool:
             if entry is None or entry["batch"] > batch:
                 return False
-            return evaluated or entry["batch"] < batch or "val/mean_top1" not in entry["metrics"]
+            return not evaluates or entry["batch"] < batch or "val/mean_top1" not in entry["metrics"]
 
         lines = self.path.read_text().splitlines()
         kept = [line for line in lines if stays(parse_line(line))]

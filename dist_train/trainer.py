@@ -242,10 +242,8 @@ class Trainer:
 
     def _end_epoch(self) -> bool:
         """Evaluate and save where one of them is due, once for a batch; true if the run must stop before it is done."""
-        epoch = -(-self.position.batch // self.steps_per_epoch)
-        due = self._at_end() or epoch % self.config.train.eval_every == 0
-        best = False
-        if due and self.position.evaluated != self.position.batch:
+        epoch, best = self._epochs_begun(), False
+        if self._evaluation_is_due():
             self.evaluation = self.evaluator.run(self._evaluated_weights(), lambda: self.requests.received is not None)
             if self.evaluation is None:
                 self._save()
@@ -262,6 +260,15 @@ class Trainer:
         if best or self._at_end() or (every and epoch % every == 0):
             self._save(best)
         return False
+
+    def _epochs_begun(self) -> int:
+        return -(-self.position.batch // self.steps_per_epoch)
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether this batch ends the run, or an epoch after which there is an evaluation, and has not had it."""
+        at_boundary = self._at_end() or self.position.batch % self.steps_per_epoch == 0
+        wanted = self._at_end() or self._epochs_begun() % self.config.train.eval_every == 0
+        return at_boundary and wanted and 0 < self.position.batch != self.position.evaluated
 
     def _evaluated_weights(self) -> dict[str, torch.Tensor]:
         return self.engine.averaged_weights() or self.engine.weights()
@@ -390,7 +397,7 @@ class Trainer:
         folder = self.config.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.metrics.rewind(self.position.batch, self.position.evaluated == self.position.batch)
+            self.metrics.rewind(self.position.batch, evaluates=self._evaluation_is_due())
             (folder / "config.yaml").write_text(dump_config(self.config))
             (folder / "env.json").write_text(self.environment.json())
         except OSError as error:
