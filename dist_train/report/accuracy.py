@@ -12,7 +12,8 @@ from scipy.stats import binom
 from dist_train.report.calibration import BINS, bin_places, reliability
 from dist_train.report.samples import Samples
 
-LEVEL = 0.95
+TAILS = (0.025, 0.975)
+"""Quantiles at the ends of the intervals, which are of 95 %."""
 RESAMPLES = 1000
 RESAMPLES_AT_A_TIME = 50
 """So that the draws of 50,000 images take 10 MB."""
@@ -56,13 +57,12 @@ def by_exit(samples: Samples, ensemble: bool = False) -> list[ExitAccuracy]:
     return results
 
 
-def interval(hits: int, images: int, level: float = LEVEL) -> tuple[float, float]:
+def interval(hits: int, images: int) -> tuple[float, float]:
     """Bootstrap percentile interval of an accuracy: images drawn again with replacement, infinitely often.
 
     So many draws have a binomial number of hits, whose quantiles need no draws (Efron, Annals of Statistics 1979, section 3).
     """
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = (binom.ppf(tails, images, hits / images) / images).tolist()
+    low, high = (binom.ppf(TAILS, images, hits / images) / images).tolist()
     return float(low), float(high)
 
 
@@ -87,8 +87,7 @@ def _resampled(
         means.append((torch.from_numpy(times) @ columns / images).numpy())
     losses, by_bin = np.split(np.concatenate(means), [exits], axis=1)
     errors = np.abs(by_bin.reshape(RESAMPLES, exits, BINS)).sum(axis=2)
-    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    ends = [np.quantile(values, tails, axis=0).T for values in (losses, errors)]
+    ends = [np.quantile(values, TAILS, axis=0).T for values in (losses, errors)]
     loss_ends, error_ends = ([(float(low), float(high)) for low, high in pairs] for pairs in ends)
     return loss_ends, error_ends
 
