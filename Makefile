@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`.  Both first make .venv and install the project, where that has not happened.
+# Two commands: `make demo` and `make test` (`make test-quick` leaves out the slow tests).  Both first make .venv and install the project, where that has not happened.
 
 PYTHON ?= python3
 # A pip requirement, for instance TORCH="torch==2.13.0" TORCH_INDEX=https://download.pytorch.org/whl/cu130
@@ -7,17 +7,31 @@ TORCH ?= torch==2.13.0
 # without one, PyTorch's own index has a build of a tenth of the size.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
+# Two processes on a CPU; with GPUs one for each of them.
+DEMO_PROCESSES := $(if $(shell command -v nvidia-smi),,-n 2)
+
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-quick test-gpu rehearse-gpu lint install clean
 
 demo: $(VENV)/installed
 	@test -e data/digits/train/index.json || $(BIN)/python -m shards make digits data/digits
-	@$(BIN)/python -m launch.local -n 2 configs/quickstart.yaml
+	@$(BIN)/python -m launch.local $(DEMO_PROCESSES) configs/quickstart.yaml
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-quick: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow and not slurm"
+
+# The first command on a machine with a GPU; prints a table for tests/benchmarks/RESULTS.md.
+test-gpu: $(VENV)/installed
+	DIST_TRAIN_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu
+
+# The same tests on a CPU, as far as it can play the GPU.
+rehearse-gpu: $(VENV)/installed
+	DIST_TRAIN_TEST_GPU=rehearsal $(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -28,13 +42,16 @@ install: $(VENV)/installed
 
 # torch first: what depends on it would otherwise bring PyPI's build.
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --upgrade pip "setuptools>=77" wheel
+	@echo "installing into $(VENV), once: 1 of 3, pip"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --upgrade pip "setuptools>=77" wheel
+	@echo "2 of 3, $(TORCH): some 200 MB without CUDA, some gigabytes with it"
 	@test -z "$(TORCH_INDEX)" \
 	    || $(BIN)/python -m pip install -qq --retries 0 --index-url "$(TORCH_INDEX)" "$(TORCH)" 2>/dev/null \
 	    || echo "$(TORCH_INDEX) cannot be used: torch comes from the index that pip is set to"
-	$(BIN)/python -m pip install -qq "$(TORCH)"
-	$(BIN)/python -m pip install -qq --editable ".[test]"
+	@$(BIN)/python -m pip install -qq "$(TORCH)"
+	@echo "3 of 3, dist-train, DeepSpeed, DALI, MLflow and what they need: some minutes"
+	@$(BIN)/python -m pip install -qq --editable ".[test]"
 	@touch $@
 
 clean:

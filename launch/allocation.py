@@ -1,7 +1,8 @@
-"""A run inside a SLURM allocation: starts the ranks with srun, and requeues the job when they were stopped or died."""
+"""A run inside a SLURM allocation: starts the ranks with srun, and requeues the job after they were stopped or died."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,67 +16,82 @@ import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dist_train import slurm
 from dist_train.config import Config
 from dist_train.config_file import load_config
-from dist_train.errors import SlurmError, UserError
-from launch import cluster
-
-STOPPED = 75
-"""Exit code of ranks that were asked to stop and have saved; the same as dist_train.cli.STOPPED."""
-
-USER_ERROR = 2
-"""Exit code of ranks that cannot run as configured: trying again would not help."""
+from dist_train.distributed.launcher import free_port
+from dist_train.distributed.lock import RunLock
+from dist_train.errors import FAILED, STOPPED, USER_ERROR, SlurmError, UserError
+from dist_train.files import write_whole
+from dist_train.tracking.mirror import end
+from dist_train.tracking.mlflow import PARENT
+from dist_train.training.checkpoint import newest_step
 
 PAUSES = (5, 15, 60, 240)
-"""Seconds between the tries of a requeue while SLURM's controller does not answer."""
+"""Pauses in seconds between attempts to requeue while SLURM's controller does not answer."""
 
 ATTEMPTS = 3
-"""Failures at the same step after which a job is not requeued any more."""
+"""Failures at the same step after which a job is no longer requeued."""
 
 
 def run_job(config: str, parent: str | None) -> NoReturn:
     """What a job that launch.slurm has submitted runs in its batch step; ``parent`` is a sweep's MLflow run."""
     if parent:
-        from dist_train.tracking import PARENT
-
         os.environ[PARENT] = parent
     # By SystemExit, submitit writes no result and the job ends with this code.
     sys.exit(run(config))
 
 
 def run(path: str, *overrides: str) -> int:
-    """Train in this allocation, once; returns the ranks' exit code after having requeued the job where that helps."""
+    """Train in this allocation, once; requeues the job where that helps, and returns the ranks' exit code."""
     job = _job()
+    # Of a job that was submitted with --export=NONE.  Every srun would follow it, and start its tasks without any variable.
+    os.environ.pop("SLURM_EXPORT_ENV", None)
     try:
         config = load_config(path, *overrides)
         code = _train(config, job, [path, *overrides])
-    except cluster.Unanswered as error:
+    except slurm.Unanswered as error:
         _say(str(error))
-        code = 1
+        code = FAILED
     except UserError as error:
         print(f"launch.slurm: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    # Neither gets better by another try.
     if code in (0, USER_ERROR):
         return code
     if code != STOPPED and not _may_try_again(config, job, code):
         return code
-    _requeue(job)
+    _requeue(job, config.folder)
     return code
 
 
 def _train(config: Config, job: str, arguments: list[str]) -> int:
-    """Start the ranks and wait for them; 128 + N where signal N ended them."""
-    _claim(config, job)
-    ranks = _start(config, arguments)
+    """Start the ranks and wait for them; 128 + N where signal N ended them, STOPPED where they were asked to stop."""
+    ranks: subprocess.Popen[bytes] | None = None
+    asked = False
 
     def forward(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
         # srun passes USR2 on to every rank; a signal meant for the batch step alone arrives at the ranks as well.
-        ranks.send_signal(signal.SIGUSR2)
+        if ranks:
+            ranks.send_signal(signal.SIGUSR2)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    # Before anything that takes time: a signal would end this process, and nobody would requeue the job.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, forward)
+    _claim(config, job)
+    # Here as well as in rank 0, whose exit code is lost where srun has to kill the ranks that wait for it.
+    RunLock(config.folder).refuse_if_held(say=_say)
+    if asked:
+        return STOPPED
+    ranks = _start(config, arguments)
+    if asked:
+        ranks.send_signal(signal.SIGUSR2)
     code = ranks.wait()
-    return 128 - code if code < 0 else code
+    code = 128 - code if code < 0 else code
+    # Where the signal came before the ranks could take it, they had nothing to save.
+    return STOPPED if asked and code == 128 + signal.SIGUSR2 else code
 
 
 def _job() -> str:
@@ -85,27 +101,32 @@ def _job() -> str:
 
 
 def _claim(config: Config, job: str) -> None:
-    """Say in the job's comment on which run folder it works; refuse where another job does."""
+    """Record the run folder in the job's comment; refuse if another job trains in that folder."""
     folder = config.folder.resolve()
-    other = cluster.job_on(folder)
+    other = slurm.job_on(folder)
     if other is not None and other != job:
-        raise SlurmError(f"{config.folder}: job {other} works on it; wait, scancel {other}, or set another --name")
-    cluster.ask("scontrol", "update", f"JobId={job}", f"Comment={folder}")
+        raise SlurmError(
+            f"{config.folder}: job {other} is training in it; wait, scancel {other}, or set another --name"
+        )
+    slurm.ask("scontrol", "update", f"JobId={job}", f"Comment={folder}")
 
 
 def _start(config: Config, arguments: list[str]) -> subprocess.Popen[bytes]:
-    nodes = cluster.hosts(os.environ["SLURM_JOB_NODELIST"])
+    nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
     tasks = _tasks_per_node()
+    # Tried for real: the name of a file system does not tell whether all nodes mount it.
     if len(nodes) > 1:
         _check_shared(config.folder, nodes)
     words = ["srun", "--mpi=none", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks}"]
-    words.append(f"--ntasks-per-node={tasks}")
-    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # which srun does not take over from the allocation
+    # When a rank dies the others write their reports; those that cannot notice it are ended a minute later.
+    words += [f"--ntasks-per-node={tasks}", "--export=ALL", "--wait=60"]
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not inherit it from the allocation
         words.append(f"--cpus-per-task={cpus}")
     if "SLURM_GPUS_PER_NODE" in os.environ:  # every rank takes the GPU of its local rank
         words.append("--gpu-bind=none")
-    with socket.create_server(("", 0)) as probe:  # the batch step runs on the first node
-        environment = {"MASTER_ADDR": _address(nodes[0]), "MASTER_PORT": str(probe.getsockname()[1])}
+    words += [f"--{flag}" for flag in config.slurm.srun]
+    # A free port of this machine: the batch step runs on the first node, which is rank 0's.
+    environment = {"MASTER_ADDR": _address(nodes[0]), "MASTER_PORT": str(free_port())}
     # In a session of their own, Ctrl-C in an interactive allocation reaches the ranks through here, once.
     return subprocess.Popen(
         [*words, sys.executable, "-m", "dist_train", "train", *arguments],
@@ -128,14 +149,14 @@ def _tasks_per_node() -> int:
 
 
 def _check_shared(folder: Path, nodes: list[str]) -> None:
-    """Refuse a run folder that is another one on some node of the allocation."""
+    """Refuse a run folder that is not the same folder on every node of the allocation."""
     token = folder.resolve() / f".shared-{uuid.uuid4().hex}"
     token.parent.mkdir(parents=True, exist_ok=True)
     token.touch()
     script = f"test -e {shlex.quote(str(token))} || echo missing on $SLURMD_NODENAME"
     try:
         words = ["srun", "--mpi=none", "--overcommit", f"--nodes={len(nodes)}", "--ntasks-per-node=1"]
-        said = cluster.ask(*words, f"--ntasks={len(nodes)}", "sh", "-c", script)
+        said = slurm.ask(*words, f"--ntasks={len(nodes)}", "sh", "-c", script)
     finally:
         token.unlink()
     missing = re.findall(r"missing on (\S+)", said)
@@ -151,55 +172,65 @@ def _address(node: str) -> str:
     try:
         socket.getaddrinfo(node, None)
     except OSError:
-        match = re.search(r"NodeAddr=(\S+)", cluster.ask("scontrol", "--oneliner", "show", "node", node))
+        match = re.search(r"NodeAddr=(\S+)", slurm.ask("scontrol", "--oneliner", "show", "node", node))
         return match[1] if match else node
     return node
 
 
-def _requeue(job: str) -> None:
-    """Queue this job again, unless SLURM does that by itself (a preemption without grace time) or the user ended it."""
+def _requeue(job: str, folder: Path) -> None:
+    """Requeue this job, unless SLURM does so itself (preemption without grace time) or the user cancelled it."""
     for pause in (*PAUSES, 0):
         try:
-            fields = cluster.job(job)
+            fields = slurm.job(job)
             if fields.get("BatchFlag") == "0":
-                return _say("an interactive allocation cannot be requeued; the same command goes on")
+                return _say("an interactive allocation cannot be requeued; run the same command again to resume")
             if fields.get("JobState") != "RUNNING":
-                return _say(f"job {job} is {fields.get('JobState', 'gone')}: it is left to SLURM")
-            cluster.ask("scontrol", "requeue", job)
-        except cluster.Unanswered as error:
+                _end_in_mlflow(folder)
+                return _say(f"job {job} is {fields.get('JobState', 'gone')}: SLURM decides what happens to it")
+            slurm.ask("scontrol", "requeue", job)
+        except slurm.Unanswered as error:
             _say(f"not requeued yet ({error})")
             time.sleep(pause)
         else:
-            return _say(f"job {job} is requeued and goes on from the last checkpoint")
-    return _say(f"job {job} could not be requeued; scontrol requeue {job} does it by hand")
+            return _say(f"job {job} is requeued and resumes from the last checkpoint")
+    return _say(f"job {job} could not be requeued; to do it by hand: scontrol requeue {job}")
+
+
+def _end_in_mlflow(folder: Path) -> None:
+    """Nobody may ever resume this run: it must not look as if it were running.  A resume sets it to RUNNING again."""
+    try:
+        end(folder, "KILLED")
+    except (OSError, UserError) as error:
+        _say(str(error))
 
 
 def _may_try_again(config: Config, job: str, code: int) -> bool:
-    """Note a failure in the run folder; false, with a report, after too many of this job at the same step."""
+    """Record a failure in the run folder; false, with a report, after too many by this job at the same step."""
     file = config.folder / "slurm" / "failures.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     failures: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     nodes = os.environ["SLURM_JOB_NODELIST"]
-    step = _saved_step(config.folder)
+    step = newest_step(config.folder)
     failures.append({"job": job, "step": step, "code": code, "nodes": nodes, "time": time.strftime("%F %T")})
-    draft = file.with_suffix(".tmp")
-    draft.write_text(json.dumps(failures, indent=1))
-    draft.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(failures, indent=1))
+    except OSError as error:
+        # Perhaps the full disk that the ranks have ended for (exit code 74), where a requeue is what helps.
+        _say(f"{file}: cannot be written ({error.strerror}), so that later starts will not know of this failure")
+    # Only failures of this job: a resubmitted one has its own attempts.
     mine = [failure for failure in failures if failure["job"] == job and failure["step"] == step]
+    # Progress between failures starts the count again: a flaky node must not end a long run.
     if len(mine) < ATTEMPTS:
         _say(f"the ranks ended with exit code {code} after the checkpoint of step {step} ({len(mine)} of {ATTEMPTS})")
         return True
-    _say(f"{len(mine)} failures after the checkpoint of step {step}, not requeued again; resubmit when it is mended:")
+    _say(f"{len(mine)} failures after the checkpoint of step {step}, not requeued again; fix the cause, then resubmit:")
     for failure in mine:
         _say(f"  {failure['time']}  exit code {failure['code']}  nodes {failure['nodes']}")
-    _say(f"what the ranks said: {config.folder}/log/rank*.txt and above; all failures: {file}")
+    _say(f"logs of the ranks: {config.folder}/log/rank*.txt and above; all failures: {file}")
     return False
 
 
-def _saved_step(folder: Path) -> int:
-    latest = folder / "checkpoints" / "latest"
-    return int(latest.resolve().name.removeprefix("step-")) if latest.exists() else 0
-
-
 def _say(text: str) -> None:
-    print(f"launch.slurm: {text}", flush=True)
+    # The log may be on the full disk that is reported, which must not keep the job from being requeued.
+    with contextlib.suppress(OSError):
+        print(f"launch.slurm: {text}", flush=True)

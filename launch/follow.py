@@ -6,14 +6,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import cluster
+from dist_train import slurm
+from dist_train.errors import INTERRUPTED
 from launch.submission import Submitted
 
 POLL_SECONDS = 2.0
 
 
 class _Tail:
-    """Prints what is new in a log that grows; lines carry the run's name where there are several."""
+    """Prints what is new in a growing log; lines carry the run's name if there are several runs."""
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label, self.offset = path, label, 0
@@ -24,6 +25,7 @@ class _Tail:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             data = file.read()
+        # Whole lines only; the rest is shown once it is complete.
         data = data[: data.rfind(b"\n") + 1]
         self.offset += len(data)
         for line in data.decode(errors="replace").splitlines():
@@ -32,8 +34,8 @@ class _Tail:
 
 def _state(number: str) -> str:
     try:
-        return cluster.job(number).get("JobState", "GONE")
-    except cluster.Unanswered:  # the controller comes back; the job runs meanwhile
+        return slurm.job(number).get("JobState", "GONE")
+    except slurm.Unanswered:  # the controller will come back; the job runs meanwhile
         return "UNKNOWN"
 
 
@@ -44,14 +46,14 @@ def follow(jobs: Sequence[Submitted]) -> int:
     try:
         while len(ended) < len(jobs):
             time.sleep(POLL_SECONDS)
-            # Asked before the log is read, so that nothing is written after the last look.
+            # Queried before the log is read, so that nothing can be written after the last read.
             states = {number: _state(number) for number in tails if number not in ended}
             for tail in tails.values():
                 tail.show()
-            ended |= {number: state for number, state in states.items() if state in {*cluster.ENDED, "GONE"}}
+            ended |= {number: state for number, state in states.items() if state in {*slurm.ENDED, "GONE"}}
     except KeyboardInterrupt:
-        print(f"\nnot followed any more; job {jobs[0].job} goes on")
-        return 130
+        print(f"\nstopped following; job {jobs[0].job} keeps running")
+        return INTERRUPTED
     for number, state in ended.items():
         print(f"job {number}: {state}")
     return 0 if set(ended.values()) == {"COMPLETED"} else 1

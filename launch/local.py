@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dist_train.arguments import Parser
-from dist_train.dist import free_port
-from dist_train.errors import ConfigError, UserError
-from launch.node import Node, Place, stop_on_signals
+from dist_train.arguments import OVERRIDES, Parser
+from dist_train.distributed.launcher import free_port
+from dist_train.errors import INTERRUPTED, USER_ERROR, ConfigError, UserError
+from launch.node import Node, Place, stop_on_signals, visible_gpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,19 +20,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m launch.local",
         description="Train on this machine, one process per GPU, or CPU processes that share its cores.",
+        epilog=OVERRIDES,
         allow_abbrev=False,
     )
     parser.add_argument("-n", "--processes", type=int, metavar="N", help="processes (default: one per GPU, or one)")
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
     try:
         known, overrides = parser.parse_known_args(arguments)
+        if sys.stdout.isatty():
+            print(f"launch.local: checking {known.config}", flush=True)
         processes = _processes(known.processes)
-        _check(known.config, overrides, processes)
+        visible_gpus(processes)
+        from dist_train.training.preflight import check_start  # takes seconds, in which Ctrl-C is no traceback either
+
+        # Here, so that a mistake is one line instead of one per rank.
+        check_start(known.config, overrides, processes)
     except UserError as error:
         print(f"launch.local: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    if sys.stdout.isatty():
+        print(f"launch.local: starting {processes} processes", flush=True)
     return start(processes, ["train", known.config, *overrides])
 
 
@@ -53,14 +62,6 @@ def _processes(wanted: int | None) -> int:
     if not 1 <= wanted <= most:
         raise ConfigError(f"-n is {wanted}, but this machine has {most} {what}; use 1 to {most}")
     return wanted
-
-
-def _check(path: str, overrides: list[str], processes: int) -> None:
-    from dist_train.config_file import load_config
-    from dist_train.dist import Ranks
-    from dist_train.preflight import preflight
-
-    preflight(load_config(path, *overrides), Ranks(0, processes, 0, processes))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The processes of a run on one node: started by DeepSpeed's launcher, told to stop by signals or by the end of stdin."""
+"""The processes of a run on one node: started by DeepSpeed's launcher, stopped by signals or by the end of stdin."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 
 import psutil
 
+from dist_train.distributed.launcher import launcher_variable
+from dist_train.errors import USER_ERROR, ConfigError, UserError
+
 GRACE_SECONDS = 60.0
-"""How long the processes may go on after the one that started them has gone."""
+"""How long the processes may keep running after the process that started them is gone."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,42 @@ class Place:
     port: int
 
     def command(self, module: str, arguments: list[str]) -> list[str]:
-        """What starts DeepSpeed's launcher on this node."""
-        world = json.dumps({host: list(range(slots)) for host, slots in self.slots.items()})
+        """The command that starts DeepSpeed's launcher on this node."""
+        slots: dict[str, list[int] | list[str]] = {host: list(range(count)) for host, count in self.slots.items()}
+        here = list(slots)[self.number]
+        # The launcher gives each rank one of these as its GPU: where the user, or SLURM, has chosen some, only those.
+        slots[here] = visible_gpus(self.slots[here]) or slots[here]
+        world = json.dumps(slots)
         return [
-            sys.executable, "-u", "-m", "deepspeed.launcher.launch",
-            f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}", f"--node_rank={self.number}",
-            f"--master_addr={self.master}", f"--master_port={self.port}", "--no_local_rank", "--quiet",
-            "--log_level=error", "--module", module, *arguments,
-        ]  # fmt: skip
+            sys.executable,
+            "-u",
+            "-m",
+            "deepspeed.launcher.launch",
+            f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
+            f"--node_rank={self.number}",
+            f"--master_addr={self.master}",
+            f"--master_port={self.port}",
+            "--no_local_rank",
+            # Not with --quiet, which makes it "error": a run that was asked to stop would look as if it had failed.
+            "--log_level=critical",
+            "--module",
+            module,
+            *arguments,
+        ]
+
+
+def visible_gpus(processes: int) -> list[str]:
+    """The first entries of CUDA_VISIBLE_DEVICES, numbers or names, one for each process; none where it is not set.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    entries = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    if entries and len(entries) < processes:
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES is {','.join(entries)}, {len(entries)} GPUs for {processes} processes; name more, or start fewer"
+        )
+    return entries[:processes]
 
 
 class Node:
@@ -46,24 +78,26 @@ class Node:
 
     def __init__(self, place: Place, module: str, arguments: list[str]) -> None:
         self._command = place.command(module, arguments)
-        self._environment = os.environ | _environment(list(place.slots.values())[place.number])
+        self._environment = os.environ | _environment(list(place.slots.values())[place.number]) | launcher_variable()
         self._child: subprocess.Popen[bytes] | None = None
         self.asked = 0
-        """How often the node was asked to stop."""
+        """How many times the node was asked to stop."""
 
     def run(self) -> int:
         """Start all and wait for them; the exit code of the first rank that failed, 128 + N for signal N, or 0."""
         self._child = subprocess.Popen(
             self._command, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
+        # A signal came while the process was being started.
         if self.asked:
             self.kill()
         code = self._child.wait()
-        signal_number = -code if code < 0 else 256 - code if code > 192 else 0  # the launcher exits with -N itself
+        # DeepSpeed's launcher passes a rank's -N on to exit(), where it arrives as 256 - N.
+        signal_number = -code if code < 0 else 256 - code if code > 192 else 0
         return 128 + signal_number if signal_number else code
 
     def stop(self) -> None:
-        """Ask the ranks to save and end, at once where none has started yet; asked a second time, end them at once."""
+        """Ask the ranks to save and exit; kill them if none has started yet, or on the second request."""
         self.asked += 1
         ranks = self._ranks()
         if self.asked > 1 or not ranks:
@@ -73,21 +107,32 @@ class Node:
                 rank.terminate()
 
     def kill(self) -> None:
-        """End launcher and ranks at once."""
+        """Kill launcher and ranks."""
         if self._child and self._child.poll() is None:
             os.killpg(self._child.pid, signal.SIGKILL)
 
     def _ranks(self) -> list[psutil.Process]:
         try:
-            return psutil.Process(self._child.pid).children() if self._child else []
+            children = psutil.Process(self._child.pid).children() if self._child else []
         except psutil.NoSuchProcess:
             return []
+        return [child for child in children if _is_rank(child)]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    """Whether a child of the launcher is a rank, and not one of the programs that it runs while it is imported."""
+    try:
+        # One that has ended was a rank: the launcher is about to end as well, with its exit code.
+        return process.status() == psutil.STATUS_ZOMBIE or "RANK" in process.environ()
+    except psutil.Error:
+        return False
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:
-    """Call ``stop`` for SIGTERM, SIGINT and SIGUSR2."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, lambda *_: stop())
+    """Call ``stop`` for SIGTERM, SIGINT, SIGUSR2, and for SIGHUP, which a terminal or an ssh session sends when it closes."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda *_: stop())
 
 
 def main() -> int:
@@ -97,13 +142,18 @@ def main() -> int:
     """
     order = json.loads(sys.stdin.readline())
     os.environ.update(order["environment"])
-    node = Node(Place(**order["place"]), order["module"], order["arguments"])
+    try:
+        node = Node(Place(**order["place"]), order["module"], order["arguments"])
+    except UserError as error:
+        print(f"launch.nodes: {socket.gethostname()}: {error}", file=sys.stderr)
+        return USER_ERROR
 
     def obey() -> None:
         for _ in sys.stdin:
             node.stop()
         if not node.asked:
             node.stop()
+        # Ranks that do not end by themselves would block the node for the next start.
         time.sleep(GRACE_SECONDS)
         node.kill()
 
@@ -119,6 +169,7 @@ def _environment(processes: int) -> dict[str, str]:
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0))
+        # Without it every process would start a thread per core of the machine.
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes)))
     return environment
 

@@ -17,21 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from dist_train.arguments import Parser
-from dist_train.dist import free_port
-from dist_train.errors import ConfigError, UserError
+from dist_train.arguments import OVERRIDES, Parser
+from dist_train.distributed.launcher import free_port
+from dist_train.errors import INTERRUPTED, USER_ERROR, ConfigError, UserError
 from launch.node import GRACE_SECONDS, Place, stop_on_signals
 
 REACH_SECONDS = 25
-"""How long a node may take to answer before the start."""
+"""How long a node may take to answer the check before the start."""
 
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 
 OWN = re.compile(
     r"(HOME|USER|LOGNAME|SHELL|MAIL|HOSTNAME|HOST|PWD|OLDPWD|SHLVL|_|TERM|DISPLAY|TMPDIR|(SSH|XDG|DBUS|LC|SLURM|PMI)_.*|"
-    r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES|BASH_FUNC.*)"
+    r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|BASH_FUNC.*)"
 )
-"""Variables that belong to a node or a login; all others go along."""
+"""Variables that belong to one node or login; all others are forwarded."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m launch.nodes",
         description="Train on several nodes over ssh; all of them see the same folders under the same names.",
+        epilog=OVERRIDES,
         allow_abbrev=False,
     )
     parser.add_argument("--hostfile", type=Path, required=True, help="a line 'HOST slots=PROCESSES' per node")
@@ -48,14 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         known, overrides = parser.parse_known_args(arguments)
         hosts = read_hostfile(known.hostfile)
-        _check_run(known.config, overrides, sum(hosts.values()))
+        if sys.stdout.isatty():
+            print(f"launch.nodes: checking {known.config} and {len(hosts)} nodes", flush=True)
+        from dist_train.training.preflight import check_start  # takes seconds, in which Ctrl-C is no traceback either
+
+        check_start(known.config, overrides, sum(hosts.values()))
         _check_nodes(hosts, known.config)
         master = known.master_addr or _address(next(iter(hosts)))
     except UserError as error:
         print(f"launch.nodes: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     port = known.master_port or free_port()
     places = [Place(hosts, number, master, port) for number in range(len(hosts))]
     return Nodes(places, ["train", known.config, *overrides]).wait()
@@ -80,7 +85,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if text and not match:
             raise ConfigError(f"{path} line {number}: is {text!r}; write HOST slots=N, for instance node1 slots=8")
         if match and match[1] in hosts:
-            raise ConfigError(f"{path} line {number}: {match[1]} comes twice; give each host once, with all its slots")
+            raise ConfigError(
+                f"{path} line {number}: {match[1]} is listed twice; list each host once, with all its slots"
+            )
         if match:
             hosts[match[1]] = int(match[2])
     if not hosts:
@@ -100,8 +107,11 @@ class Nodes:
         host = list(place.slots)[place.number]
         order = {
             "environment": {name: value for name, value in os.environ.items() if not OWN.fullmatch(name)},
-            "place": asdict(place), "module": "dist_train", "arguments": arguments,
-        }  # fmt: skip
+            "place": asdict(place),
+            "module": "dist_train",
+            "arguments": arguments,
+        }
+        # The order goes through stdin, not the command line, which every user of the node could read in ps.
         words = [*SSH, host, _remote([sys.executable, "-m", "launch.node"])]
         link = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
         assert link.stdin
@@ -109,11 +119,11 @@ class Nodes:
             link.stdin.write(json.dumps(order) + "\n")
             link.stdin.flush()
         except BrokenPipeError:
-            pass  # its exit code says the same
+            pass  # ssh is gone already; its exit code is handled in wait()
         return link
 
     def stop(self) -> None:
-        """Ask all ranks to save and end; asked a second time, end them at once."""
+        """Ask all ranks to save and exit; on the second request, kill them."""
         self._asked = True
         for link in self._links:
             try:
@@ -137,8 +147,9 @@ class Nodes:
                 if code and not first:
                     first = code if code > 0 else 128 - code
                     deadline = time.monotonic() + GRACE_SECONDS
-                    if code == 255:
+                    if code == 255:  # ssh's own code
                         print(f"launch.nodes: the connection to {host} is lost", file=sys.stderr)
+                    # The other ranks would wait in a collective for those that are gone.
                     if not self._asked:
                         self.stop()
             if time.monotonic() > deadline:
@@ -154,16 +165,8 @@ def _remote(command: list[str]) -> str:
     return f"cd {shlex.quote(os.getcwd())} && PYTHONPATH={path} exec {shlex.join(command)}"
 
 
-def _check_run(path: str, overrides: list[str], processes: int) -> None:
-    from dist_train.config_file import load_config
-    from dist_train.dist import Ranks
-    from dist_train.preflight import preflight
-
-    preflight(load_config(path, *overrides), Ranks(0, processes, 0, processes))
-
-
 def _check_nodes(hosts: dict[str, int], config: str) -> None:
-    """Ask all nodes at once for folder, Python, configuration and GPUs; raise ConfigError for the first that has not."""
+    """Check folder, Python, configuration and GPUs on all nodes at once; raise ConfigError for the first that lacks one."""
     probe = (
         f"test -r {shlex.quote(config)} || {{ echo 'has no {config}' in {shlex.quote(os.getcwd())}; exit 3; }} >&2; "
         f"test -x {sys.executable} || {{ echo 'has no {sys.executable}'; exit 3; }} >&2; nvidia-smi -L 2>/dev/null | wc -l"
@@ -188,6 +191,7 @@ def _check_nodes(hosts: dict[str, int], config: str) -> None:
         return f"has {gpus} GPUs, but slots={hosts[host]}; correct the hostfile" if 0 < gpus < hosts[host] else ""
 
     with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
+        # In the order of the hostfile, so that the same mistake gives the same message.
         for host, problem in zip(hosts, pool.map(ask, hosts)):
             if problem:
                 raise ConfigError(f"node {host} {problem}")
@@ -196,6 +200,7 @@ def _check_nodes(hosts: dict[str, int], config: str) -> None:
 def _address(host: str) -> str:
     """The address by which the other nodes reach a host: as ssh's configuration has it."""
     result = subprocess.run(["ssh", "-G", host], capture_output=True, text=True)
+    # The hostfile may have an alias of ssh's configuration that only this machine knows.
     names = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("hostname ")]
     return names[0] if names else host
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-# sbatch wants its lines without a space.
+# sbatch accepts #SBATCH only without a space, which the formatter would insert.
 # fmt: off
 #SBATCH --signal=USR2@90
 #SBATCH --requeue
@@ -23,58 +23,77 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dist_train.arguments import Parser
-from dist_train.config import SlurmConfig
-from dist_train.errors import SlurmError, UserError
+from dist_train import slurm
+from dist_train.arguments import OVERRIDES, Parser
+from dist_train.errors import INTERRUPTED, USER_ERROR, SlurmError, UserError
 
 if TYPE_CHECKING:
     from launch import submission
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submit, or start the ranks where this is inside an allocation already; returns the exit code."""
+    """Submit, or start the ranks if this already runs inside an allocation; returns the exit code."""
     try:
         known, overrides = _parser().parse_known_args(arguments)
         asked = _as_overrides(known)
+        # The same file submits and is submitted: inside a job it starts the ranks.
         if "SLURM_JOB_ID" not in os.environ:
-            return _submit(known, [*asked, *overrides])
+            words = sys.argv[1:] if arguments is None else list(arguments)
+            return _submit(known, [*asked, *overrides], shlex.join(["python", "-m", "launch.slurm", *words]))
         if asked or known.sweep or known.dry_run or known.follow:
             raise SlurmError(
-                f"this is inside job {os.environ['SLURM_JOB_ID']}, where the ranks start at once: leave the job's flags "
-                "out, or unset SLURM_JOB_ID to submit another job"
+                f"this is inside job {os.environ['SLURM_JOB_ID']}, where the ranks start immediately: leave out the job's "
+                "flags, or unset SLURM_JOB_ID to submit another job"
             )
+        # Imported here, since it takes seconds, in which Ctrl-C is no traceback either.
         from launch import allocation
 
         return allocation.run(known.config, *overrides)
     except UserError as error:
         print(f"launch.slurm: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _parser() -> Parser:
+    from dist_train.config import SlurmConfig  # not at the top: Ctrl-C in a slow import is no traceback here
+
     parser = Parser(
         "python -m launch.slurm",
-        description="Train on a SLURM cluster. A job that is preempted or reaches its time limit saves and goes on.",
-        epilog="Every other flag can stand in the section slurm of CONFIG as well.",
+        description="Train on a SLURM cluster. A job that is preempted or reaches its time limit saves, is requeued and resumes.",
+        epilog=f"All flags of the job can also be set in the section slurm of CONFIG. {OVERRIDES}",
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
-    parser.add_argument("--follow", action="store_true", help="show the log to the end, through requeues")
+    parser.add_argument("--follow", action="store_true", help="show the log until the job ends, through requeues")
     parser.add_argument(
         "--sweep", action="append", metavar="KEY=A,B", help="one run per value, as an array; repeatable"
     )
     job = parser.add_argument_group("the job")
     for name, field in SlurmConfig.model_fields.items():
         kind = {"exclusive": {"action": "store_true"}, "setup": {"action": "append", "metavar": "LINE"}}
+        kind |= {one: {"action": "append", "metavar": "KEY=VALUE"} for one in ("sbatch", "srun")}
         words = kind.get(name, {"metavar": "X"})
         job.add_argument(f"--{name.replace('_', '-')}", dest=f"slurm.{name}", help=field.description, **words)  # type: ignore[arg-type]
     return parser
 
 
 def _as_overrides(known: argparse.Namespace) -> list[str]:
-    """The job's flags as overrides of the section slurm; a partition named 1 or on stays a word in YAML."""
-    words = ("partition", "account", "qos", "constraint", "reservation", "dependency", "setup", "exclusive")
+    """The job's flags as overrides of the section slurm; quoted, so that YAML reads a partition named 1 or on as a word."""
+    words = (
+        "partition",
+        "account",
+        "qos",
+        "constraint",
+        "reservation",
+        "dependency",
+        "setup",
+        "exclusive",
+        "sbatch",
+        "srun",
+    )
     return [
         f"--{key}={json.dumps(value) if key.removeprefix('slurm.') in words else value}"
         for key, value in vars(known).items()
@@ -82,17 +101,22 @@ def _as_overrides(known: argparse.Namespace) -> list[str]:
     ]
 
 
-def _submit(known: argparse.Namespace, overrides: list[str]) -> int:
+def _submit(known: argparse.Namespace, overrides: list[str], command: str) -> int:
     from dist_train.config_file import load_config
-    from launch import follow, submission
+    from launch import follow, grid, submission
 
-    configs = submission.configs_of(known.config, overrides, known.sweep or [])
+    configs = grid.sweep(known.config, overrides, known.sweep or [])
     folder = load_config(known.config, *overrides).folder
-    submission.check(configs)
+    if known.dry_run and not slurm.is_here():
+        print("launch.slurm: sbatch is not on this machine: the job is not checked against a cluster", file=sys.stderr)
+        for config in configs:
+            submission.check_training(config)
+    else:
+        # Also for a dry run: its script should be one that would be accepted.
+        configs = submission.check(configs)
     if known.dry_run:
         print(submission.script(configs, folder))
         return 0
-    command = shlex.join(["python", "-m", "launch.slurm", *sys.argv[1:]])
     jobs = submission.submit(configs, folder, command)
     _announce(jobs)
     return follow.follow(jobs) if known.follow else 0
@@ -112,14 +136,14 @@ def _warn_unreachable(uri: str) -> None:
 
 
 def _announce(jobs: Sequence[submission.Submitted]) -> None:
-    from dist_train.tracking import tracking_uri, ui_command
+    from dist_train.tracking.mlflow import experiment_name, tracking_uri, ui_command
 
     for job in jobs:
         print(f"job         {job.job}\nrun folder  {job.config.folder}\nlog         {job.log}")
     config = jobs[0].config
     if uri := tracking_uri(config):
         _warn_unreachable(uri)
-        print(f"in MLflow   {ui_command(uri)}  (experiment {config.tracking.experiment}, run {config.name})")
+        print(f"in MLflow   {ui_command(uri)}  (experiment {experiment_name(config)}, run {config.name})")
     print(f"cancel      scancel {jobs[0].job.partition('_')[0]}")
 
 

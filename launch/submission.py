@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import itertools
-import re
+import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from dist_train import slurm
 from dist_train.config import Config, SlurmConfig
-from dist_train.config_file import dump_config, load_config
+from dist_train.config_file import dump_config
+from dist_train.distributed.group import Ranks
 from dist_train.errors import ConfigError, SlurmError, TrackingError, UserError
-from launch import allocation, cluster
+from dist_train.tracking.mlflow import create_parent
+from dist_train.training.preflight import check_processes
+from launch import allocation
 
 NODE_LOCAL = ("tmpfs", "ramfs", "devtmpfs")
 
@@ -32,39 +33,21 @@ class Submitted:
     log: Path
 
 
-def configs_of(path: str, overrides: Sequence[str], sweep: Sequence[str]) -> list[Config]:
-    """The run of a configuration; with ``KEY=A,B`` words of a sweep, one run for each combination of values.
+def check(configs: Sequence[Config]) -> list[Config]:
+    """Check the runs as preflight does, and the job against the cluster; gives them with the cores of their GPUs.
 
     Raises:
-        ConfigError: a word is no sweep, or two combinations would have the same name.
+        UserError: the first thing that is wrong.
     """
-    base = load_config(path, *overrides)
-    axes: list[list[tuple[str, str]]] = []
-    for word in sweep:
-        key, equals, values = word.partition("=")
-        if not equals or not all(values.split(",")):
-            raise ConfigError(f"--sweep {word}: write --sweep KEY=VALUE,VALUE, for instance --sweep seed=0,1,2")
-        axes.append([(key, value) for value in values.split(",")])
-    if not axes:
-        return [base]
-    found: dict[str, Config] = {}
-    for point in itertools.product(*axes):
-        words = [f"--{key}={value}" for key, value in point]
-        name = "-".join([base.name, *(f"{key.rpartition('.')[2]}_{value}" for key, value in point)])
-        config = load_config(path, *overrides, *words, "--name", re.sub(r"[^A-Za-z0-9._-]", "_", name))
-        if config.name in found:
-            raise ConfigError(f"--sweep: two of the runs would be named {config.name}; give each value once")
-        found[config.name] = config
-    return list(found.values())
-
-
-def check(configs: Sequence[Config]) -> None:
-    """Check the runs as preflight does, and the job against the cluster; raises UserError for the first thing wrong."""
-    slurm = configs[0].slurm
-    partition = _check_partition(slurm)
-    jobs = cluster.jobs()
+    job = configs[0].slurm
+    partition = _check_partition(job)
+    if len(configs) > (most := slurm.max_array_size()):
+        raise SlurmError(
+            f"the sweep has {len(configs)} runs, but this cluster's arrays have at most {most}; submit it in parts"
+        )
+    jobs = slurm.jobs()
     for config in configs:
-        if config.slurm != slurm:
+        if config.slurm != job:
             raise ConfigError(
                 f"{configs[0].name} and {config.name} differ in the section slurm; the runs of an array share one, "
                 "submit them one by one"
@@ -73,28 +56,51 @@ def check(configs: Sequence[Config]) -> None:
             _check_run(config, partition, jobs)
         except UserError as error:
             raise type(error)(f"{config.name}: {error}") if len(configs) > 1 else error from None
+    cores = _cores(job, partition)
+    return [config.model_copy(update={"slurm": job.model_copy(update={"cpus_per_task": cores})}) for config in configs]
 
 
-def _check_run(config: Config, partition: cluster.Partition, jobs: Mapping[Path, str]) -> None:
-    from dist_train.dist import Ranks
-    from dist_train.preflight import preflight
+def _cores(job: SlurmConfig, partition: slurm.Partition) -> int | None:
+    """The cores of each task: where none are asked for, those that a node of the partition has for each GPU."""
+    if job.cpus_per_task or not job.gpus_per_node:
+        return job.cpus_per_task
+    if partition.cores_per_gpu < 2:
+        print(
+            f"launch.slurm: warning: partition {partition.name} does not tell how many cores a GPU has, and SLURM often gives one "
+            "to a task, which decodes some hundred photos a second; set --cpus-per-task"
+        )
+        return None
+    return partition.cores_per_gpu
 
-    slurm, folder = config.slurm, config.folder.resolve()
-    # What a GPU can do is found out on the nodes: here there may be none.
-    train = config.train.model_copy(update={"precision": "fp32", "sync_bn": False} if slurm.gpus_per_node else {})
-    preflight(config.model_copy(update={"train": train}), Ranks(0, slurm.nodes * slurm.tasks, 0, slurm.tasks))
+
+def _check_run(config: Config, partition: slurm.Partition, jobs: Mapping[Path, str]) -> None:
+    check_training(config)
+    folder = config.folder.resolve()
     if folder in jobs:
-        raise SlurmError(f"job {jobs[folder]} works on {config.folder}; scancel {jobs[folder]}, or set another --name")
+        raise SlurmError(
+            f"job {jobs[folder]} is training in {config.folder}; scancel {jobs[folder]}, or set another --name"
+        )
     _check_folder(folder, partition)
+
+
+def check_training(config: Config) -> None:
+    """Check a run as preflight does, but for what only its nodes can tell.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    job = config.slurm
+    # What the GPUs support is checked on the nodes: this machine may have none.
+    if job.gpus_per_node:
+        train = config.train.model_copy(update={"precision": "fp32", "sync_bn": False})
+        data = config.data.model_copy(update={"decoder": "auto"})
+        config = config.model_copy(update={"train": train, "data": data})
+    check_processes(config, Ranks(0, job.nodes * job.tasks, 0, job.tasks))
 
 
 def script(configs: Sequence[Config], folder: Path) -> str:
     """The batch script that :func:`submit` gives to sbatch."""
-    executor = _executor(configs, folder)
-    if len(configs) > 1:
-        executor.parameters["map_count"] = len(configs)
-    text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
-    return text
+    return slurm.script(_executor(configs, folder), len(configs))
 
 
 def submit(configs: Sequence[Config], folder: Path, command: str | None) -> list[Submitted]:
@@ -109,64 +115,69 @@ def submit(configs: Sequence[Config], folder: Path, command: str | None) -> list
     """
     executor = _executor(configs, folder)
     parent = _parent(configs, folder.name, command) if command and len(configs) > 1 else None
+    # Named in the job's comment before the array exists, so that a second submission finds its folders taken.
     if len(configs) > 1:
         elements = Path(executor.parameters["comment"])
         elements.parent.mkdir(parents=True, exist_ok=True)
         elements.write_text(_elements(configs))
+    # Kept before the jobs exist: a job can start while the others are still being submitted.
     kept = []
     for config in configs:
         path = config.folder.resolve() / "slurm" / "submitted.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_config(config))  # what is edited while the job waits must not change it
         kept.append(path)
-    jobs = start(executor, allocation.run_job, [(str(path), parent) for path in kept])
+    jobs = slurm.submit(executor, allocation.run_job, [(str(path), parent) for path in kept])
     return [Submitted(job.job_id, config, job.paths.stdout) for job, config in zip(jobs, configs)]
 
 
-def start(executor: Any, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Submit calls of a function through a submitit executor, several as an array; gives submitit's jobs.
-
-    Raises:
-        SlurmError: sbatch refuses the job; its words are in the message.
-    """
-    from submitit.core.utils import FailedJobError
-
-    try:
-        # submitit shows what sbatch says while it raises it as well.
-        with contextlib.redirect_stderr(io.StringIO()), executor.batch():
-            return [executor.submit(function, *call) for call in calls]
-    except FailedJobError as error:
-        raise SlurmError(cluster.last_line(str(error)).replace("error: ", "")) from None
-
-
 def _executor(configs: Sequence[Config], folder: Path) -> Any:
-    import submitit
-
-    slurm = configs[0].slurm
-    options = {"requeue": True}
-    if slurm.reservation:
-        options["reservation"] = slurm.reservation  # type: ignore[assignment]
+    job = configs[0].slurm
+    options = {"requeue": True, **slurm.flags(job.sbatch)}
+    if job.reservation:
+        options["reservation"] = job.reservation
     wanted = {
-        "job_name": folder.name, "nodes": slurm.nodes, "ntasks_per_node": slurm.tasks, "time": max(1, round(60 * slurm.hours)),
-        "gpus_per_node": slurm.gpus_per_node, "cpus_per_task": slurm.cpus_per_task, "partition": slurm.partition,
-        "account": slurm.account, "qos": slurm.qos, "constraint": slurm.constraint, "dependency": slurm.dependency,
-        "mem": f"{round(1024 * slurm.memory_gb)}M" if slurm.memory_gb else None, "exclusive": slurm.exclusive or None,
-        "setup": list(slurm.setup) or None, "signal_delay_s": slurm.signal_seconds,
-        "comment": str(_comment(configs, folder)), "array_parallelism": slurm.array_parallelism,
-        # The batch step starts the ranks itself, and is there to requeue the job whatever becomes of them.
-        "use_srun": False, "stderr_to_stdout": True, "additional_parameters": options,
-    }  # fmt: skip
-    executor = submitit.SlurmExecutor(folder.resolve() / "slurm")
-    executor.update_parameters(**{key: value for key, value in wanted.items() if value is not None})
-    return executor
+        "job_name": folder.name,
+        "nodes": job.nodes,
+        "ntasks_per_node": job.tasks,
+        "time": max(1, round(60 * job.hours)),
+        "gpus_per_node": job.gpus_per_node,
+        "cpus_per_task": job.cpus_per_task,
+        "partition": job.partition,
+        "account": job.account,
+        "qos": job.qos,
+        "constraint": job.constraint,
+        "dependency": job.dependency,
+        "mem": f"{round(1024 * job.memory_gb)}M" if job.memory_gb else None,
+        "exclusive": job.exclusive or None,
+        "setup": _setup(job),
+        "signal_delay_s": job.signal_seconds,
+        "comment": str(_comment(configs, folder)),
+        "array_parallelism": job.array_parallelism,
+        # The batch step starts the ranks itself, and survives them to requeue the job.
+        "use_srun": False,
+        "stderr_to_stdout": True,
+        "additional_parameters": options,
+    }
+    return slurm.executor(
+        folder.resolve() / "slurm", **{key: value for key, value in wanted.items() if value is not None}
+    )
+
+
+def _setup(job: SlurmConfig) -> list[str] | None:
+    """The lines that run first; one that fails ends the job, which would otherwise train in another environment."""
+    if not job.setup:
+        return None
+    trap = 'echo "launch.slurm: the setup line failed: $BASH_COMMAND" >&2; exit 2'
+    return [f"trap '{trap}' ERR", *job.setup, "trap - ERR"]
 
 
 def _comment(configs: Sequence[Config], folder: Path) -> Path:
-    """What tells on which run folders a job works, see cluster.jobs; another array has another file."""
+    """What tells on which run folders a job works, see slurm.jobs; another array has another file."""
     if len(configs) == 1:
         return configs[0].folder.resolve()
     name = hashlib.sha256(_elements(configs).encode()).hexdigest()[:16]
-    return folder.resolve() / "slurm" / f"{name}{cluster.ELEMENTS}"
+    return folder.resolve() / "slurm" / f"{name}{slurm.ELEMENTS}"
 
 
 def _elements(configs: Sequence[Config]) -> str:
@@ -174,56 +185,65 @@ def _elements(configs: Sequence[Config]) -> str:
 
 
 def _parent(configs: Sequence[Config], name: str, command: str) -> str | None:
-    from dist_train.tracking import create_parent, tracking_uri
-
     try:
-        parent = create_parent(configs[0], name, {"command": command})
+        return create_parent(configs[0], name, {"command": command})
     except TrackingError as error:
-        print(f"launch.slurm: warning: the runs of this sweep have no MLflow run in common ({error})")
+        print(f"launch.slurm: warning: the runs of this sweep get no common parent run in MLflow ({error})")
         return None
-    from mlflow.tracking import MlflowClient
-
-    # It stands for the submission, which is done; no process of its own would end it later.
-    MlflowClient(tracking_uri=tracking_uri(configs[0])).set_terminated(parent)
-    return parent
 
 
-def _check_partition(slurm: SlurmConfig) -> cluster.Partition:
-    cluster.ask("sbatch", "--version")
-    offered = cluster.partitions()
-    names = ", ".join(offered) or "none"
-    default = next((partition.name for partition in offered.values() if partition.default), None)
-    wanted = slurm.partition or default
-    if wanted not in offered:
-        what = f"partition '{wanted}' does not exist" if wanted else "the cluster has no default partition"
-        raise SlurmError(f"{what}; sinfo offers {names}; set --partition")
-    found = offered[wanted]
-    tasks = slurm.tasks * (slurm.cpus_per_task or 1)
+def _check_partition(job: SlurmConfig) -> slurm.Partition:
+    slurm.ask("sbatch", "--version")
+    offered = slurm.partitions()
+    default = next((partition.name for partition in offered.values() if partition.default), "")
+    wanted = job.partition or os.environ.get("SBATCH_PARTITION") or default
+    if not wanted:
+        raise SlurmError(f"the cluster has no default partition; sinfo offers {_names(offered)}; set --partition")
+    problems = []
+    # SLURM takes the first of several partitions that the job fits in.
+    for name in wanted.split(","):
+        try:
+            return _check_fits(job, name, offered)
+        except SlurmError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _names(offered: Mapping[str, slurm.Partition]) -> str:
+    return ", ".join(offered) or "none"
+
+
+def _check_fits(job: SlurmConfig, name: str, offered: Mapping[str, slurm.Partition]) -> slurm.Partition:
+    """The partition of this name, in which a job fits."""
+    if name not in offered:
+        raise SlurmError(f"partition '{name}' does not exist; sinfo offers {_names(offered)}; set --partition")
+    found = offered[name]
+    tasks = job.tasks * (job.cpus_per_task or 1)
     for given, most, flag, what in (
-        (slurm.nodes, found.nodes, "--nodes", "nodes"),
-        (slurm.gpus_per_node or 0, found.gpus, "--gpus-per-node", "GPUs on a node"),
+        (job.nodes, found.nodes, "--nodes", "nodes"),
+        (job.gpus_per_node or 0, found.gpus, "--gpus-per-node", "GPUs on a node"),
         (tasks, found.cores, "--tasks-per-node x --cpus-per-task", "cores on a node"),
-        (slurm.hours, found.hours, "--hours", "hours at most"),
+        (job.hours, found.hours, "--hours", "hours at most"),
     ):
         if given > most:
             raise SlurmError(
-                f"{flag} is {given:g}, but partition {found.name} has {most:g} {what}; sinfo offers {names}"
+                f"{flag} is {given:g}, but partition {found.name} has {most:g} {what}; sinfo offers {_names(offered)}"
             )
     return found
 
 
-def _check_folder(folder: Path, partition: cluster.Partition) -> None:
-    """Refuse a run folder that certainly only this machine sees; others are tried out by the job on its nodes."""
+def _check_folder(folder: Path, partition: slurm.Partition) -> None:
+    """Refuse a run folder that only this machine can see; the job itself checks the others on its nodes."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     mounts = [mount for mount in psutil.disk_partitions(all=True) if existing.is_relative_to(mount.mountpoint)]
     kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
     local = kind in NODE_LOCAL or any(folder.is_relative_to(place) for place in ("/tmp", "/var/tmp", "/dev/shm"))
     if local and not _only_this_machine(partition):
         raise SlurmError(
-            f"{folder}: is on this machine alone, the nodes do not see it; set --runs to a shared file system"
+            f"{folder}: exists on this machine only, the nodes cannot see it; set --runs to a folder on a shared file system"
         )
 
 
-def _only_this_machine(partition: cluster.Partition) -> bool:
+def _only_this_machine(partition: slurm.Partition) -> bool:
     words = ("sinfo", "--noheader", "--Node", f"--partition={partition.name}", "--Format=NodeHost:200")
-    return set(cluster.ask(*words).split()) <= {"localhost", "127.0.0.1", socket.gethostname()}
+    return set(slurm.ask(*words).split()) <= {"localhost", "127.0.0.1", socket.gethostname()}

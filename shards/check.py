@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.errors import DataError
+from shards.foreign import LabelForm
 from shards.images import Unreadable, decoded_size
 from shards.index import FILE, UNLABELED, Bad, Index
-from shards.make import Report, in_processes
+from shards.processes import ProgressCallback, in_processes
 
 _NAMED = 3
 """Duplicates that are named; the others are counted."""
@@ -60,7 +62,7 @@ def split_folders(folder: Path) -> list[Path]:
     return splits
 
 
-def check(folder: Path, workers: int = 1, report: Report | None = None) -> Checked:
+def check(folder: Path, workers: int = 1, report: ProgressCallback | None = None) -> Checked:
     """Look through every shard of a split, in ``workers`` processes.
 
     Samples that the quarantine list keeps from training are looked at again as well.
@@ -72,7 +74,7 @@ def check(folder: Path, workers: int = 1, report: Report | None = None) -> Check
     faults: list[str] = []
     bad: list[Bad] = []
     digests: list[NDArray[np.bytes_]] = []
-    tasks = [(folder, number) for number in range(len(index.shards))]
+    tasks = [(folder, index.fingerprint, number) for number in range(len(index.shards))]
     done = 0
     for one in in_processes(_check_shard, tasks, workers):
         faults += one.faults
@@ -130,13 +132,13 @@ def _key(one: Checked, sample: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _index(folder: Path) -> Index:
+def _index(folder: Path, _fingerprint: str) -> Index:
     return Index.load(folder, quarantine=False)
 
 
-def _check_shard(task: tuple[Path, int]) -> _Found:
-    folder, number = task
-    index = _index(folder)
+def _check_shard(task: tuple[Path, str, int]) -> _Found:
+    folder, fingerprint, number = task
+    index = _index(folder, fingerprint)
     first, last = index.shard.searchsorted([number, number + 1]).tolist()
     found = _Found([], [], np.zeros(last - first, "S16"))
     path = folder / index.shards[number].name
@@ -144,11 +146,13 @@ def _check_shard(task: tuple[Path, int]) -> _Found:
         index.verify_shard(number, "hash")
     except DataError as error:
         found.faults.append(str(error))
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        return found
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 with tarfile.open(fileobj=data, mode="r:") as tar:
-                    members = {member.name: (member.offset_data, member.size) for member in tar}
+                    members = {member.name.removeprefix("./"): (member.offset_data, member.size) for member in tar}
             except tarfile.TarError as error:
                 found.faults.append(f"{path}: is not a tar archive, or a damaged one ({error})")
                 return found
@@ -156,7 +160,7 @@ def _check_shard(task: tuple[Path, int]) -> _Found:
                 offset, size = int(index.offset[sample]), int(index.size[sample])
                 image = data[offset : offset + size]
                 found.digests[place] = hashlib.sha256(image).digest()[:16]
-                for why in _faults(index, sample, members, data, image):
+                for why in _faults(index, _label_form(folder, fingerprint), sample, members, data, image):
                     found.bad.append(Bad(sample, index.key[sample].decode(), why))
                     break
     except (OSError, ValueError) as error:  # gone or empty, which cannot be mapped and is said above
@@ -165,18 +169,28 @@ def _check_shard(task: tuple[Path, int]) -> _Found:
     return found
 
 
+@lru_cache(maxsize=1)
+def _label_form(folder: Path, _fingerprint: str) -> LabelForm:
+    """Where the labels stand in the tars of a split, or of the one that it is a list over, maybe of a list."""
+    tree = json.loads((folder / FILE).read_bytes())
+    while "of" in tree:
+        folder = folder.resolve() / tree["of"]
+        tree = json.loads((folder / FILE).read_bytes())
+    return LabelForm(**tree.get("label_form", {"ext": "cls"}))
+
+
 def _faults(
-    index: Index, sample: int, members: dict[str, tuple[int, int]], data: mmap.mmap, image: bytes
+    index: Index, form: LabelForm, sample: int, members: dict[str, tuple[int, int]], data: mmap.mmap, image: bytes
 ) -> Iterator[str]:
     """What is wrong with a sample."""
     key, label = index.key[sample].decode(), int(index.label[sample])
     name, where = f"{key}.{index.ext[sample].decode()}", (int(index.offset[sample]), int(index.size[sample]))
     if members.get(name) != where:
         yield f"the tar has {name} at {members.get(name)}, the index at {where} (offset, size)"
-    offset, size = members.get(f"{key}.cls", (0, 0))
+    offset, size = members.get(f"{key}.{form.ext}", (0, 0))
     stored = data[offset : offset + size]
-    if label != UNLABELED and stored != str(label).encode():
-        yield f"its label is {stored.decode(errors='replace')!r} in the tar, {label} in the index"
+    if label != UNLABELED and not form.means(stored, label, index.classes):
+        yield f"its label is {stored.decode(errors='replace')[:60]!r} in the tar, {label} in the index"
     try:
         found, expected = decoded_size(image), (int(index.width[sample]), int(index.height[sample]))
     except Unreadable as error:

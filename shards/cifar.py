@@ -42,10 +42,16 @@ class _Form:
 
 
 _FORMS = {
-    10: _Form(tuple(f"data_batch_{n}" for n in range(1, 6)), "test_batch", ("batches.meta", b"label_names"), b"labels",
-              "batches.meta.txt", 1),
+    10: _Form(
+        tuple(f"data_batch_{n}" for n in range(1, 6)),
+        "test_batch",
+        ("batches.meta", b"label_names"),
+        b"labels",
+        "batches.meta.txt",
+        1,
+    ),
     100: _Form(("train",), "test", ("meta", b"fine_label_names"), b"fine_labels", "fine_label_names.txt", 2),
-}  # fmt: skip
+}
 
 
 def cifar(path: Path, classes: int) -> Source:
@@ -57,10 +63,10 @@ def cifar(path: Path, classes: int) -> Source:
         DataError: it is neither, or files of it are missing or damaged.
     """
     try:
-        stamp = archives.stamp(path)
+        version = archives.version(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    names, splits = _load(path, classes, stamp)
+    names, splits = _load(path, classes, version)
     items = {
         split: [Item(f"{split}/{number:05d}", int(label), _PIXELS) for number, label in enumerate(labels)]
         for split, (_, labels) in splits.items()
@@ -69,29 +75,30 @@ def cifar(path: Path, classes: int) -> Source:
         wrong = next((item for item in part if not 0 <= item.label < len(names)), None)
         if wrong:
             raise DataError(f"{path}: image {wrong.name} has label {wrong.label}, {split} has {len(names)} classes")
-    return Source(names, items, partial(_read, path, classes, stamp), stamp)
+    return Source(names, items, partial(_read, path, classes, version), version)
 
 
-def _read(path: Path, classes: int, stamp: str, item: Item) -> bytes:
+def _read(path: Path, classes: int, version: str, item: Item) -> bytes:
     split, _, number = item.name.partition("/")
-    images, _ = _load(path, classes, stamp)[1][split]
+    images, _ = _load(path, classes, version)[1][split]
     return png(images[int(number)])
 
 
-Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 @lru_cache(maxsize=1)
-def _load(path: Path, classes: int, stamp: str) -> tuple[tuple[str, ...], dict[str, Split]]:
-    """Class names and, by split, images uint8 [N, 32, 32, 3] and labels int64 [N]; ``stamp`` tells the file's versions apart."""
-    form, files = _FORMS[classes], _files(path)
+def _load(path: Path, classes: int, version: str) -> tuple[tuple[str, ...], dict[str, Arrays]]:
+    """Class names and, by split, images uint8 [N, 32, 32, 3] and labels int64 [N]; ``version`` tells the file's versions apart."""
+    form = _FORMS[classes]
+    files = _files(path, form)
     if form.test in files:
-        parse: Callable[[str], Split] = partial(_python, form, path, files)
+        parse: Callable[[str], Arrays] = partial(_python, form, path, files)
         meta = _pickle(path, form.python_meta[0], files)
         names = [name.decode() for name in meta.get(form.python_meta[1], [])]
     elif f"{form.test}.bin" in files:
         parse = partial(_binary, form, path, files)
-        names = files.get(form.binary_meta, b"").decode().split()
+        names = files.get(form.binary_meta, b"").decode(errors="replace").split()
     else:
         raise DataError(
             f"{path}: has neither {form.test} nor {form.test}.bin; give CIFAR-{classes}'s python or binary archive"
@@ -103,7 +110,7 @@ def _load(path: Path, classes: int, stamp: str) -> tuple[tuple[str, ...], dict[s
     return tuple(names), {"train": (train[0], train[1]), "test": parse(form.test)}
 
 
-def _python(form: _Form, path: Path, files: Mapping[str, bytes], name: str) -> Split:
+def _python(form: _Form, path: Path, files: Mapping[str, bytes], name: str) -> Arrays:
     tree = _pickle(path, name, files)
     try:
         pixels, labels = np.asarray(tree[b"data"], np.uint8), np.asarray(tree[form.python_labels], np.int64)
@@ -112,7 +119,7 @@ def _python(form: _Form, path: Path, files: Mapping[str, bytes], name: str) -> S
         raise DataError(f"{path}: {name} is malformed ({error}); fetch it again") from None
 
 
-def _binary(form: _Form, path: Path, files: Mapping[str, bytes], name: str) -> Split:
+def _binary(form: _Form, path: Path, files: Mapping[str, bytes], name: str) -> Arrays:
     data = np.frombuffer(_file(path, f"{name}.bin", files), np.uint8)
     width = form.binary_labels + _PIXELS
     if len(data) % width:
@@ -125,11 +132,13 @@ def _images(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
-def _files(path: Path) -> dict[str, bytes]:
-    """The files of an archive, or of a folder, by their names without folders."""
+def _files(path: Path, form: _Form) -> dict[str, bytes]:
+    """The files of an archive, or those of CIFAR in a folder, by their names without folders."""
+    own = {form.python_meta[0], form.binary_meta}
+    own |= {f"{name}{ending}" for name in (*form.train, form.test) for ending in ("", ".bin")}
     try:
         if path.is_dir():
-            return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.is_file()}
+            return {name: (path / name).read_bytes() for name in sorted(own) if (path / name).is_file()}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     return {name.rpartition("/")[2]: content for name, content in archives.contents(path)}

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_train.files import draft_of
+
 
 def write(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
     """Write the columns in their order, whole or not at all; little-endian dtypes only, since the bytes are what counts."""
-    draft = path.with_name(f".{path.name}.tmp")
-    with open(draft, "wb") as file:
+    with draft_of(path) as draft, open(draft, "wb") as file:
         for column in columns.values():
             file.write(raw(column))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def raw(column: NDArray[Any]) -> memoryview:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_train.errors import DataError
-from shards import archives, sources
+from shards import archives
 from shards.index import UNLABELED
-from shards.source import Item, Source, read_file
+from shards.layout import Reading, understand
+from shards.source import Item, Source, read_file, read_path, shown
+from shards.tree import is_image, look
 
 TRAIN = ("ILSVRC2012_img_train.tar", "train", "Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/train")
 VAL = ("ILSVRC2012_img_val.tar", "val", "Data/CLS-LOC/val", "ILSVRC/Data/CLS-LOC/val")
@@ -49,6 +51,8 @@ def imagenet(root: Path, truth: Path | None = None) -> Source:
         raise DataError(
             f"{root}: has neither {TRAIN[0]} nor {VAL[0]}, and no train/ or val/; give the folder of ImageNet"
         )
+    if truth and not val:
+        raise DataError(f"--val-labels {truth} is given, but {root} has neither {VAL[0]} nor val/; leave it out")
     images: dict[str, list[_Image]] = {}
     if train:
         images["train"] = _train_archive(train) if train.is_file() else _class_folders(root, train)
@@ -56,6 +60,11 @@ def imagenet(root: Path, truth: Path | None = None) -> Source:
         found = _flat(root, val)
         if found and found[0].synset is None:
             found = _with_truth(found, val, truth or _first(root, TRUTH))
+        elif truth:
+            raise DataError(
+                f"--val-labels {truth} is given, but the images in {val} lie in class folders, which say the classes; "
+                "leave --val-labels out, or put all images into one folder"
+            )
         images["val"] = found
     classes = sorted({image.synset for image in images.get("train", images.get("val", [])) if image.synset})
     labels = {name: number for number, name in enumerate(classes)}
@@ -65,8 +74,8 @@ def imagenet(root: Path, truth: Path | None = None) -> Source:
         if strange:
             raise DataError(f"{strange.item.name}: its class {strange.synset} is none of the {len(classes)} of train")
         splits[split] = [image.item._replace(label=labels[image.synset or ""]) for image in part]
-    stamp = "\n".join(archives.stamp(path) for path in (train, val) if path)
-    return Source(tuple(classes), splits, partial(read_file, root), stamp)
+    version = "\n".join(archives.version(path) for path in (train, val) if path)
+    return Source(tuple(classes), splits, partial(read_file, root), version)
 
 
 def _first(root: Path, names: Sequence[str]) -> Path | None:
@@ -98,28 +107,31 @@ def _train_archive(path: Path) -> list[_Image]:
 
 
 def _class_folders(root: Path, path: Path) -> list[_Image]:
-    source = sources.folder(path)
+    layout = understand(look(path), Reading(depth=1))
     prefix = path.relative_to(root).as_posix()
-    return [
-        _Image(source.classes[item.label], item._replace(name=f"{prefix}/{item.name}"))
-        for item in source.splits["train"]
-    ]
+    return [_Image(synset, item._replace(name=f"{prefix}/{item.name}")) for item, synset in layout.splits["train"]]
 
 
 def _flat(root: Path, path: Path) -> list[_Image]:
     """Validation images in the order of their names; from a folder of class folders with their synsets."""
     if path.is_dir():
-        if any(entry.is_dir() for entry in path.iterdir()):
+        top, prefix = look(path).top, path.relative_to(root).as_posix()
+        images = sorted(top.images())
+        if top.folders and images:
+            raise DataError(
+                f"{path}: holds class folders and also {len(images)} images that are not in any, such as {shown(images[0].name)}; "
+                "finish sorting them, or put all images back into one folder"
+            )
+        if top.folders:
             return _class_folders(root, path)
-        files = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        return [_Image(None, Item(file.relative_to(root).as_posix(), UNLABELED, file.stat().st_size)) for file in files]
+        return [_Image(None, item._replace(name=f"{prefix}/{item.name}")) for item in images]
     found = [
         Item(f"val/{member.name}", UNLABELED, member.size, (str(path), member.offset))
         for member in archives.members(path)
-        if not member.is_folder
+        if not member.is_folder and is_image(member.name)
     ]
     if not found:
-        raise DataError(f"{path}: is an empty archive; fetch it again")
+        raise DataError(f"{path}: is an archive without images; fetch it again")
     return [_Image(None, item) for item in sorted(found)]
 
 
@@ -152,13 +164,13 @@ def _with_truth(images: list[_Image], val: Path, truth: Path | None) -> list[_Im
 def _read_truth(path: Path) -> list[str] | dict[str, str]:
     """Synsets in the order of the images' names, or by name."""
     if path.suffix == ".csv":
-        rows = csv.reader(path.read_text().splitlines())
+        rows = csv.reader(read_path(path).decode().splitlines())
         return {row[0]: row[1].split()[0] for row in rows if len(row) == 2 and _SYNSET.match(row[1])}
     kit = path
     if path.is_dir():
-        lines, kit = (path / "data" / TRUTH[3]).read_text().split(), path / "data" / "meta.mat"
+        lines, kit = read_path(path / "data" / TRUTH[3]).decode().split(), path / "data" / "meta.mat"
     elif path.suffix == ".txt":
-        lines, kit = path.read_text().split(), path.with_name("meta.mat")
+        lines, kit = read_path(path).decode().split(), path.with_name("meta.mat")
     else:
         lines = _of_kit(path, TRUTH[3]).decode().split()
     if all(_SYNSET.fullmatch(line) for line in lines):
@@ -167,7 +179,7 @@ def _read_truth(path: Path) -> list[str] | dict[str, str]:
         raise DataError(f"{path}: is no ground truth; a line holds a synset (n01440764) or the devkit's number of one")
     if not kit.exists():
         raise DataError(f"{path}: its numbers are explained by the devkit's meta.mat, which must lie beside it")
-    by_number = _synsets(_of_kit(kit, "meta.mat") if kit == path else kit.read_bytes())
+    by_number = _synsets(_of_kit(kit, "meta.mat") if kit == path else read_path(kit))
     unknown = next((line for line in lines if int(line) not in by_number), None)
     if unknown:
         raise DataError(f"{path}: has the number {unknown}, which the devkit's meta.mat does not know")

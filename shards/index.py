@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.errors import DataError
+from dist_train.files import sha256, write_whole
 from shards import columns as table
 
 FORMAT = 2
@@ -61,11 +62,12 @@ class Index:
     Columns, each of length N: ``key`` and ``ext`` (ASCII bytes: ``<key>.<ext>`` is the image's name in the tar),
     ``shard`` (int32, never falling), ``offset`` and ``size`` (int64: the image's bytes in that tar), ``label`` (int64,
     UNLABELED without one), ``width`` and ``height`` (int32 pixels, as stored, without regard to an orientation tag).
-    ``fingerprint`` is a SHA-256 in hex over all that, ``folder`` is where the index was loaded from, ``left_out`` the
-    number of samples that the split's quarantine list has kept out.
+    ``fingerprint`` is a SHA-256 in hex over all that, ``folder`` is where the index was loaded from.  ``quarantine`` has the
+    ids, in the whole split, of samples that are kept out, and ``whole_fingerprint`` is that of the whole split.
 
     A split may also be a list over another split, which :meth:`save_list` writes.  Loaded, it is an index like others,
-    whose shards have absolute names.
+    whose shards have absolute names.  So is a mixture of several splits (:func:`shards.mixture.mix`): ``sources`` are
+    theirs, and ``weight``, float64 [N], is how often each sample comes per epoch.
     """
 
     classes: tuple[str, ...]
@@ -80,12 +82,31 @@ class Index:
     height: NDArray[np.int32]
     fingerprint: str
     folder: Path | None = None
-    left_out: int = 0
+    quarantine: tuple[int, ...] = ()
+    whole_fingerprint: str = ""
+    sources: tuple[Index, ...] = ()
+    inherited: tuple[int, ...] = ()
+    """Of a whole list: the ids of its samples that are in the quarantine of the splits that it is a list over."""
+    weight: NDArray[np.float64] | None = None
 
     @property
-    def quarantine_note(self) -> str:
-        """A line for whoever uses the split, about what its quarantine list has kept out; empty without any."""
-        return f"{self.folder}: {self.left_out} images are left out, by {QUARANTINE_FILE}" if self.left_out else ""
+    def left_out(self) -> int:
+        """Samples that are kept out."""
+        return len(self.quarantine)
+
+    @property
+    def splits(self) -> tuple[Index, ...]:
+        """The splits on disk that the samples are from: this one, or those of a mixture."""
+        return self.sources or (self,)
+
+    @property
+    def quarantine_notes(self) -> list[str]:
+        """A line per split for whoever uses it, about what its quarantine list has kept out; none where it keeps out nothing."""
+        return [
+            f"{split.folder}: {split.left_out} images are left out, by {QUARANTINE_FILE}"
+            for split in self.splits
+            if split.left_out
+        ]
 
     def __len__(self) -> int:
         return len(self.label)
@@ -104,10 +125,14 @@ class Index:
         return cls._checked(tuple(classes), tuple(shards), arrays, None)
 
     @classmethod
-    def load(cls, folder: str | Path, quarantine: bool = True) -> Index:
+    def load(cls, folder: str | Path, quarantine: bool | Sequence[int] = True) -> Index:
         """Read the index of the split in ``folder``, without the samples of its quarantine list, if there is one.
 
         The columns are mapped into memory, so the processes of a machine share them.
+
+        Args:
+            folder: the split's own.
+            quarantine: whether the list is followed; or the ids of the samples to keep out instead.
 
         Raises:
             DataError: no folder, no index, one of another version, one that is malformed or was changed, a list over
@@ -115,28 +140,30 @@ class Index:
         """
         folder = Path(folder)
         tree = _read_json(folder)
-        bad: Iterable[int] = ()
         try:
             if "of" in tree:
-                index, bad = cls._load_list(folder, tree)
+                index, found = cls._load_list(folder, tree)
             else:
                 shards = tuple(Shard(**shard) for shard in tree["shards"])
                 index = cls._checked(tuple(tree["classes"]), shards, _read_columns(folder, tree, _COLUMNS), folder)
+                found = index.fingerprint
             stored = tree["fingerprint"]
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder / FILE}: is malformed ({error!r}); make the shards again") from None
-        if stored != index.fingerprint:
+        if stored != found:
             raise DataError(
-                f"{folder / FILE}: its fingerprint is {str(stored)[:12]}, its contents give {index.fingerprint[:12]}; "
+                f"{folder / FILE}: its fingerprint is {str(stored)[:12]}, its contents give {found[:12]}; "
                 "it was changed by hand or damaged, make the shards again"
             )
-        if not quarantine:
+        index = replace(index, whole_fingerprint=index.fingerprint)
+        if quarantine is False:
             return index
-        bad = {*bad, *(entry.id for entry in index.quarantined())}
-        return index._without(sorted(bad)) if bad else index
+        if quarantine is True:
+            quarantine = index.bad()
+        return index._without(quarantine) if quarantine else index
 
-    def save(self, folder: str | Path) -> None:
-        """Write index.json, and the columns beside it, into ``folder``."""
+    def save(self, folder: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+        """Write index.json, and the columns beside it, into ``folder``; ``notes`` are further entries, for other readers."""
         arrays = {name: getattr(self, name) for name in _COLUMNS}
         table.write(Path(folder) / COLUMNS_FILE, arrays)
         tree = {
@@ -146,6 +173,7 @@ class Index:
             "columns": {name: array.dtype.str for name, array in arrays.items()},
             "classes": list(self.classes),
             "shards": [asdict(shard) for shard in self.shards],
+            **(notes or {}),
         }
         _write_json(Path(folder) / FILE, tree)
 
@@ -161,7 +189,7 @@ class Index:
         table.write(folder / COLUMNS_FILE, {"id": ids.astype("<i8"), "label": label.astype("<i8")})
         tree = {
             "format": FORMAT,
-            "fingerprint": self.take(ids, label).fingerprint,
+            "fingerprint": _list_fingerprint(self.fingerprint, ids, label),
             "of": os.path.relpath(self.folder.resolve(), place.resolve()),
             "of_fingerprint": self.fingerprint,
             "rule": dict(rule),
@@ -171,7 +199,10 @@ class Index:
         _write_json(folder / FILE, tree)
 
     def take(self, ids: NDArray[np.int64], label: NDArray[np.int64] | None = None) -> Index:
-        """The samples ``ids`` (rising) alone, with other labels where they are given; the shards are those that they lie in."""
+        """The samples ``ids`` (rising) alone, with other labels where they are given; the shards are those that they lie in.
+
+        All of them with the same labels have the same fingerprint: a subset leaves splits whole, which can be compared.
+        """
         used, shard, counts = np.unique(self.shard[ids], return_inverse=True, return_counts=True)
         root = self.folder.resolve() if self.folder else Path()
         shards = tuple(
@@ -180,16 +211,25 @@ class Index:
         )
         label = self.label[ids] if label is None else label
         arrays: Any = {name: getattr(self, name)[ids] for name in _COLUMNS if name not in ("shard", "label")}
-        digest = hashlib.sha256(self.fingerprint.encode())
-        digest.update(ids.astype("<i8").tobytes() + label.astype("<i8").tobytes())
+        same = len(ids) == len(self) and np.array_equal(label, self.label)
         return replace(
             self,
             shards=shards,
             shard=shard.reshape(-1).astype(np.int32),
             label=label,
-            fingerprint=digest.hexdigest(),
+            fingerprint=self.fingerprint if same else _list_fingerprint(self.fingerprint, ids, label),
+            inherited=(),
             **arrays,
         )
+
+    def bad(self) -> list[int]:
+        """The ids of all samples of this whole split that are to be kept out: by its own quarantine list, or by those of the
+        splits that it is a list over.
+
+        Raises:
+            DataError: as :meth:`quarantined`.
+        """
+        return sorted({*self.inherited, *(entry.id for entry in self.quarantined())})
 
     def quarantined(self) -> list[Bad]:
         """The entries of the quarantine list beside this index, which must be one of the whole split.
@@ -252,7 +292,7 @@ class Index:
         path = self.folder / shard.name
         try:
             found = path.stat().st_size
-            digest = file_sha256(path) if files == "hash" and found == shard.bytes else shard.sha256
+            digest = sha256(path) if files == "hash" and found == shard.bytes else shard.sha256
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); the index names it, make the shards again"
@@ -282,8 +322,8 @@ class Index:
         return index
 
     @classmethod
-    def _load_list(cls, folder: Path, tree: Mapping[str, Any]) -> tuple[Index, Iterable[int]]:
-        """The list in ``folder`` as an index, and which of its samples are in the quarantine of the split that it refers to."""
+    def _load_list(cls, folder: Path, tree: Mapping[str, Any]) -> tuple[Index, str]:
+        """The list in ``folder`` as an index, and its own fingerprint."""
         source = Path(os.path.normpath(folder.resolve() / tree["of"]))
         if not source.is_dir():
             raise DataError(f"{folder / FILE}: refers to the shards in {source}, which are not there; move them back")
@@ -296,16 +336,20 @@ class Index:
             raise DataError(
                 f"{folder / COLUMNS_FILE}: its ids must rise from 0 to at most {len(whole) - 1}; make it again"
             )
-        index = replace(whole.take(ids, label), folder=folder)
+        inherited = tuple(np.flatnonzero(np.isin(ids, whole.bad())).tolist())
+        index = replace(whole.take(ids, label), folder=folder, inherited=inherited)
         if fault := index._fault():
             raise DataError(f"{folder / FILE}: {fault}; make the subset again")
-        bad = [entry.id for entry in whole.quarantined()]
-        return index, np.flatnonzero(np.isin(ids, bad)).tolist()
+        return index, _list_fingerprint(whole.fingerprint, ids, label)
 
-    def _without(self, bad: list[int]) -> Index:
-        if len(bad) == len(self):
+    def _without(self, bad: Sequence[int]) -> Index:
+        if bad and not 0 <= min(bad) <= max(bad) < len(self):
+            raise DataError(
+                f"{self.folder}: a list of samples to leave out has ids beyond the {len(self)} samples; remove it"
+            )
+        if len(bad) >= len(self):
             raise DataError(f"{self.folder}: all of its samples are in quarantine; make the shards again")
-        return replace(self.take(np.delete(np.arange(len(self)), bad)), left_out=len(bad))
+        return replace(self.take(np.delete(np.arange(len(self)), bad)), quarantine=tuple(bad))
 
     def _fault(self) -> str | None:
         """What is inconsistent, if anything."""
@@ -318,24 +362,15 @@ class Index:
         wrong = ((self.label < 0) | (self.label >= len(self.classes))) & (self.label != UNLABELED)
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
-            return f"sample {self.key[first].decode()} has label {self.label[first]}, allowed are 0 to {len(self.classes) - 1}"
+            return f"sample {self.key[first].decode(errors='replace')} has label {self.label[first]}, allowed are 0 to {len(self.classes) - 1}"
         ends = np.array([shard.bytes for shard in self.shards], dtype=np.int64)[self.shard]
         outside = (self.offset < 0) | (self.size < 0) | (self.offset + self.size > ends)
         if outside.any():
             first = int(np.flatnonzero(outside)[0])
-            return f"sample {self.key[first].decode()} lies outside of {self.shards[self.shard[first]].name}"
+            return f"sample {self.key[first].decode(errors='replace')} lies outside of {self.shards[self.shard[first]].name}"
         if min(self.width.min(), self.height.min()) < 1:
             return "it has images of width or height 0"
         return None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _fingerprint(classes: Sequence[str], shards: Sequence[Shard], arrays: Mapping[str, NDArray[Any]]) -> str:
@@ -347,8 +382,24 @@ def _fingerprint(classes: Sequence[str], shards: Sequence[Shard], arrays: Mappin
     return digest.hexdigest()
 
 
+def _list_fingerprint(whole: str, ids: NDArray[np.int64], label: NDArray[np.int64]) -> str:
+    """Of a list over the split with the fingerprint ``whole``."""
+    digest = hashlib.sha256(whole.encode())
+    digest.update(ids.astype("<i8").tobytes() + label.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / FILE
+    if not folder.is_dir() or not path.exists():
+        tars = next((place for place in (folder, folder.parent) if any(place.glob("*.tar"))), None)
+        if tars:
+            # The folder of all splits, where others have tars as well.
+            splits = {path.parent for path in folder.parent.glob("*/*.tar")}
+            whole = folder.parent if tars == folder and len(splits) > 1 else tars
+            raise DataError(
+                f"{folder}: has no {FILE}, but {tars} holds tars; index them with `python -m shards index {whole}`"
+            )
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of shards; make it with `python -m shards make`")
     try:
@@ -385,12 +436,7 @@ def _read_columns(folder: Path, tree: Mapping[str, Any], expected: Mapping[str, 
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.tmp")
-    with open(draft, "w", encoding="ascii") as file:
-        json.dump(tree, file, separators=(",", ":"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    write_whole(path, json.dumps(tree, separators=(",", ":")))
 
 
 def _column(values: Any, dtype: Any) -> NDArray[Any]:

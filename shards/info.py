@@ -24,7 +24,7 @@ def describe(folder: Path) -> list[str]:
     whole = sum(shard.bytes for shard in index.shards)
     megabytes = (int(index.size.sum()) if "of" in tree else whole) / 1e6
     lines = [
-        f"{folder}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, {megabytes:.1f} MB, "
+        f"{folder}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shard{'s' if len(index.shards) != 1 else ''}, {megabytes:.1f} MB, "
         f"fingerprint {index.fingerprint[:12]}",
         f"  {_sizes(index)}",
         f"  {per_class(index)}",
@@ -32,8 +32,7 @@ def describe(folder: Path) -> list[str]:
     if "of" in tree:
         rule = ", ".join(f"{name} {value}" for name, value in tree["rule"].items())
         lines.append(f"  a list over the shards in {os.path.normpath(folder.resolve() / tree['of'])} ({rule})")
-    if index.quarantine_note:
-        lines.append(f"  {index.quarantine_note}")
+    lines += [f"  {note}" for note in index.quarantine_notes]
     if (folder / MANIFEST).exists():
         lines += _unusual(folder)
     return lines
@@ -42,7 +41,7 @@ def describe(folder: Path) -> list[str]:
 def _sizes(index: Index) -> str:
     formats = ", ".join(f"{count} {ext.decode()}" for ext, count in sorted(Counter(index.ext.tolist()).items()))
     width, height = int(np.median(index.width)), int(np.median(index.height))
-    return f"{formats}; {index.size.mean() / 1e3:.1f} kB and {width} x {height} pixels in the middle"
+    return f"{formats}; {index.size.mean() / 1e3:.1f} kB and {width} x {height} pixels (median)"
 
 
 def per_class(index: Index) -> str:
@@ -72,6 +71,6 @@ def _unusual(folder: Path) -> list[str]:
             file, reason = entries[0]
             rest = "; ..." if len(entries) > 1 else ""
             lines.append(f"  {len(entries)} {what}, see {MANIFEST} ({file}: {reason}{rest})")
-    if manifest["odd"]:
-        lines.append("  odd: " + ", ".join(f"{count} {what}" for what, count in manifest["odd"].items()))
+    if manifest["unusual"]:
+        lines.append("  unusual: " + ", ".join(f"{count} {what}" for what, count in manifest["unusual"].items()))
     return lines

@@ -1,33 +1,32 @@
-"""Packing a source into shards: each split whole or absent, and what was interrupted goes on where it was."""
+"""Packing a source into shards: each split whole or absent, and what was interrupted is resumed."""
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
 
 from dist_train.errors import DataError, UserError
-from shards import sources
-from shards.images import AS_IS, Storing
+from dist_train.files import DRAFT, flush, write_whole
+from shards import sheet, sources
+from shards.images import KEEP, Encoding
 from shards.index import FILE, UNLABELED, Index
-from shards.pack import COLUMNS, Packed, Task, write_shard
+from shards.pack import COLUMNS, ShardResult, Task, write_shard
+from shards.processes import ProgressCallback, in_processes
+from shards.slurm import refuse_jobs
 from shards.source import Item, Source, shuffled
 from shards.sources import Sample
 
@@ -36,11 +35,9 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 _DRAFTS = ".making"
+_FINISHED = ".made-"
+"""What the drafts are renamed to, with their plan, when nothing of them is needed any more."""
 _COMPLETE = "complete"
-Report = Callable[[str, int, int], None]
-"""Called with (split, images done, images in all) as shards are finished."""
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ class ShardSize:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A finished split: its folder, its index, and its manifest: samples, classes, what was skipped, converted, or odd."""
+class Split:
+    """A finished split: its folder, its index, and its manifest: samples, classes, what was skipped, converted, or unusual."""
 
     folder: Path
     index: Index
@@ -74,11 +71,13 @@ def make(
     out: Path,
     size: ShardSize,
     workers: int = 1,
-    report: Report | None = None,
-    storing: Storing = AS_IS,
+    report: ProgressCallback | None = None,
+    encoding: Encoding = KEEP,
     array: Array | None = None,
-) -> list[Made]:
-    """Write every split of ``source`` to ``out/<split>``; the same source, size and storing give the same bytes.
+    *,
+    with_sheet: bool = False,
+) -> list[Split]:
+    """Write every split of ``source`` to ``out/<split>``; the same source, size and encoding give the same bytes.
 
     Samples are shuffled by a fixed rule.  Everything is written to a hidden folder in ``out`` and renamed at the end.  After
     an interruption of any kind the same call keeps the shards that were finished, and the result is that of one that was
@@ -88,44 +87,64 @@ def make(
         source: the source, or a function that opens it, given a folder for what has to be unpacked.
         size: where a shard ends.
         workers: processes.
-        storing: how images are stored.
+        encoding: how images are stored.
+        with_sheet: whether a picture of some images per class is written beside the index.
         array: the SLURM array whose tasks write the shards, which this process then only finishes (default: it writes them).
 
     Raises:
         DataError: a split is there already, a class has no readable image, or ``out`` cannot be written.
         SlurmError: sbatch refuses the array, or some of its tasks failed.
     """
-    with _drafts(out) as drafts:
+    with drafts_in(out) as drafts:
         opened = _opened(source, drafts / "source") if callable(source) else source
-        draft = drafts / _plan(opened, size, storing)
+        draft = drafts / _plan(opened, size, encoding)
+        if (out / f"{_FINISHED}{draft.name}").exists() and all((out / split).exists() for split in opened.splits):
+            shutil.rmtree(drafts)
+            _remove_finished(out)
+            return [_made(out / split) for split in opened.splits]
         if any(drafts.glob("*/slurm")):
-            from shards.slurm import refuse_jobs
-
             refuse_jobs(drafts, draft if array else None)
         if not (draft / _COMPLETE).exists():
             refuse_existing(out, opened.splits)
-            tasks = {split: _tasks(opened, split, draft / split, size, storing) for split in opened.splits}
+            tasks = {split: _tasks(opened, split, draft / split, size, encoding) for split in opened.splits}
             if array:
                 array.write(draft, [task for part in tasks.values() for task in part], report)
             for split in opened.splits:
                 _make_split(opened, split, draft / split, tasks[split], workers, report)
+                if with_sheet:
+                    sheet.write(draft / split)
             (draft / _COMPLETE).touch()
-            _sync_folder(draft)
+            flush(draft)
         pending = [split for split in opened.splits if (draft / split).exists()]
         refuse_existing(out, pending, others=False)
         for split in pending:
-            for record in (draft / split).glob("shard-*.json"):
-                record.unlink()
+            for done_file in (draft / split).glob("shard-*.json"):
+                done_file.unlink()
             os.rename(draft / split, out / split)
-        _sync_folder(out)
-        shutil.rmtree(drafts)
-    return [Made(out / split, Index.load(out / split), read_manifest(out / split)) for split in opened.splits]
+        flush(out)
+        # One rename ends it.  Should this process be killed behind it, the next start sees by the plan that all is done.
+        os.rename(drafts, out / f"{_FINISHED}{draft.name}")
+        _remove_finished(out)
+    return [_made(out / split) for split in opened.splits]
+
+
+def _made(folder: Path) -> Split:
+    return Split(folder, Index.load(folder), read_manifest(folder))
+
+
+def _remove_finished(out: Path) -> None:
+    for folder in out.glob(f"{_FINISHED}*"):
+        shutil.rmtree(folder)
 
 
 def make_samples(
-    samples: Iterable[Sample], out: Path, size: ShardSize = ShardSize(bytes=128_000_000), workers: int = 1,
-    report: Report | None = None, storing: Storing = AS_IS,
-) -> list[Made]:  # fmt: skip
+    samples: Iterable[Sample],
+    out: Path,
+    size: ShardSize = ShardSize(bytes=128_000_000),
+    workers: int = 1,
+    report: ProgressCallback | None = None,
+    encoding: Encoding = KEEP,
+) -> list[Split]:
     """:func:`make` from any Python iterable, for instance a generator, of :class:`~shards.sources.Sample`.
 
     Example::
@@ -139,11 +158,11 @@ def make_samples(
     The iterable is read once and need not fit in memory: its images go to a file in ``out`` first.  Names must differ within
     a split.  ``label`` None means unlabeled.  The same samples in any order give the same bytes.
     """
-    return make(lambda scratch: sources.samples(samples, scratch), out, size, workers, report, storing)
+    return make(lambda scratch: sources.samples(samples, scratch), out, size, workers, report, encoding)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a split: ``samples``, ``per_class``, and (file, reason) of ``skipped`` and ``converted``, counts of ``odd``.
+    """The manifest of a split: ``samples``, ``per_class``, and (file, reason) of ``skipped`` and ``converted``, counts of ``unusual``.
 
     Raises:
         DataError: it cannot be read, or is malformed.
@@ -155,84 +174,54 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or not {"skipped", "converted", "odd"} <= manifest.keys():
+    if isinstance(manifest, dict) and "odd" in manifest:  # what 0.1.0's drafts called it
+        manifest["unusual"] = manifest.pop("odd")
+    if not isinstance(manifest, dict) or not {"skipped", "converted", "unusual"} <= manifest.keys():
         raise DataError(f"{path}: is malformed; nothing but `shards info` needs it, remove it or make the shards again")
     return manifest
 
 
-def in_processes(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
-    """Yield ``work(task)`` of every task in order, computed by processes that end with this one, however it ends.
-
-    Raises:
-        DataError: one of the processes was killed.
-    """
-    if min(workers, len(tasks)) <= 1:
-        yield from map(work, tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-        try:
-            yield from pool.map(work, tasks)
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process was killed, perhaps for want of memory; give the same command again to go on, "
-                "with fewer --workers"
-            ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _end_with(parent: int) -> None:
-    """Leave interrupts from the keyboard, which reach all processes, to the parent, and die when it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _tasks(source: Source, split: str, folder: Path, size: ShardSize, storing: Storing) -> list[Task]:
+def _tasks(source: Source, split: str, folder: Path, size: ShardSize, encoding: Encoding) -> list[Task]:
     """The shards of a split.  Their items are settled before any image is read, so that each can be made by itself."""
     folder.mkdir(parents=True, exist_ok=True)
     return [
-        Task(folder / f"shard-{number:06d}.tar", first, part, source.read, storing)
+        Task(folder / f"shard-{number:06d}.tar", first, part, source.read, encoding)
         for number, (first, part) in enumerate(_cut(shuffled(source.splits[split], "pack"), size))
     ]
 
 
 def _make_split(
-    source: Source, split: str, folder: Path, tasks: Sequence[Task], workers: int, report: Report | None
+    source: Source, split: str, folder: Path, tasks: Sequence[Task], workers: int, report: ProgressCallback | None
 ) -> None:
     """Write the shards that are not finished yet, and the index of all when they are."""
-    for leftover in folder.glob("*.part*"):
+    for leftover in folder.glob(f".*{DRAFT}"):
         leftover.unlink()
     items = [item for task in tasks for item in task.items]
-    todo = [task for task in tasks if not task.record.exists()]
+    todo = [task for task in tasks if not task.done_file.exists()]
     done = len(items) - sum(len(task.items) for task in todo)
     if report and done:
         report(split, done, len(items))
-    for packed in in_processes(write_shard, todo, workers):
-        done += packed
+    for work in in_processes(write_shard, todo, workers):
+        done += work.images
         if report:
-            report(split, done, len(items))
+            report(split, done, len(items), work)
     try:
-        _finish_split(source, split, folder, items, [task.record for task in tasks])
-    except DataError:  # the source has to be mended, and then it is another one
+        _finish_split(source, split, folder, items, [task.done_file for task in tasks])
+    except DataError:  # the source has to be repaired, and then it is another one
         shutil.rmtree(folder.parent)
         raise
 
 
-def _finish_split(source: Source, split: str, folder: Path, items: Sequence[Item], records: Sequence[Path]) -> None:
-    """Write index and manifest from the shards' records, which stay until all splits are finished."""
-    shards, parts, odd = [], [], Counter[str]()
+def _finish_split(source: Source, split: str, folder: Path, items: Sequence[Item], done_files: Sequence[Path]) -> None:
+    """Write index and manifest from the shards' done_files, which stay until all splits are finished."""
+    shards, parts, unusual = [], [], Counter[str]()
     skipped: list[tuple[str, str]] = []
     converted: list[tuple[str, str]] = []
-    for record in records:
-        packed = Packed.load(record)
+    for done_file in done_files:
+        packed = ShardResult.load(done_file)
         skipped += packed.skipped
         converted += packed.converted
-        odd.update(packed.odd)
+        unusual.update(packed.unusual)
         if packed.shard.samples:
             shards.append(packed.shard)
             parts.append({name: np.array(packed.columns[name]) for name in COLUMNS})
@@ -241,13 +230,27 @@ def _finish_split(source: Source, split: str, folder: Path, items: Sequence[Item
     columns["shard"] = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
     index = Index.from_columns(source.classes, shards, columns)
     index.save(folder)
+    write_manifest(folder, index, unusual, skipped, converted)
+    flush(folder)
+
+
+def write_manifest(
+    folder: Path,
+    index: Index,
+    unusual: Mapping[str, int],
+    skipped: Iterable[tuple[str, str]],
+    converted: Iterable[tuple[str, str]],
+) -> None:
+    """Write what :func:`read_manifest` reads."""
     counts = np.bincount(index.label[index.label >= 0], minlength=len(index.classes)).tolist()
     manifest = {
-        "samples": len(index), "per_class": dict(zip(index.classes, counts)), "odd": dict(sorted(odd.items())),
-        "skipped": sorted(skipped), "converted": sorted(converted),
-    }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    _sync_folder(folder)
+        "samples": len(index),
+        "per_class": dict(zip(index.classes, counts)),
+        "unusual": dict(sorted(unusual.items())),
+        "skipped": sorted(skipped),
+        "converted": sorted(converted),
+    }
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _check_readable(source: Source, split: str, items: Sequence[Item], skipped: dict[str, str]) -> None:
@@ -258,7 +261,7 @@ def _check_readable(source: Source, split: str, items: Sequence[Item], skipped: 
             what = "it" if item.label == UNLABELED else f"class '{source.classes[item.label]}'"
             raise DataError(
                 f"{split}: {what} has no readable image "
-                f"(for instance {item.name}: {skipped[item.name]}); mend or remove it"
+                f"(for instance {item.name}: {skipped[item.name]}); repair or remove it"
             )
     if not items:
         raise DataError(f"{split}: there are no images for it; choose fewer for the other splits")
@@ -279,9 +282,9 @@ def _cut(items: Sequence[Item], size: ShardSize) -> Iterator[tuple[int, list[Ite
         yield len(items) - len(part), part
 
 
-def _plan(source: Source, size: ShardSize, storing: Storing) -> str:
+def _plan(source: Source, size: ShardSize, encoding: Encoding) -> str:
     """A name for what is being made: another one when the source, its files or the options are others."""
-    digest = hashlib.sha256(repr((source.classes, source.stamp, size, storing, PIL.__version__)).encode())
+    digest = hashlib.sha256(repr((source.classes, source.version, size, encoding, PIL.__version__)).encode())
     for split, items in source.splits.items():
         digest.update(repr(split).encode())
         for name, label, bytes_, place in items:
@@ -295,7 +298,7 @@ def _opened(source: Callable[[Path], Source], scratch: Path) -> Source:
     except OSError as error:
         raise DataError(
             f"{error.filename or scratch}: the source cannot be opened or unpacked ({error.strerror or error}); "
-            "mend that and give the same command again"
+            "fix that and run the same command again"
         ) from None
 
 
@@ -312,35 +315,37 @@ def refuse_existing(out: Path, splits: Iterable[str], others: bool = True) -> No
         raise DataError(f"{found[0]}: is there already; remove it or choose another folder")
 
 
+def _lock(lock: IO[str], out: Path) -> None:
+    """Take the lock; the workers of a process that was killed keep it for a moment."""
+    for last in (False,) * 10 + (True,):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if last:
+                raise DataError(f"{out}: another process is making shards there; wait for it, or end it") from None
+            time.sleep(0.1)
+
+
 @contextmanager
-def _drafts(out: Path) -> Iterator[Path]:
+def drafts_in(out: Path) -> Iterator[Path]:
     """The folder for what is not finished, for one process at a time; without anything to keep it is removed again."""
     drafts, created = out / _DRAFTS, not out.exists()
     try:
         drafts.mkdir(parents=True, exist_ok=True)
         with open(drafts / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{out}: another process is making shards there; wait for it, or end it") from None
+            _lock(lock, out)
             try:
                 yield drafts
             except UserError:
-                if not any(drafts.glob("*/*/*")):
+                # Shards that are finished, and what was fetched or unpacked, are found again by the next command.
+                if not any(drafts.glob("*/*/*")) and not any(drafts.glob("source/*")):
                     shutil.rmtree(drafts)
                 if created and not any(out.iterdir()):
                     out.rmdir()
                 raise
     except OSError as error:
         raise DataError(
-            f"{out}: cannot be written ({error.strerror or error}); free space and give the same command again to go on, "
+            f"{out}: cannot be written ({error.strerror or error}); free space and run the same command again to resume, "
             "or choose another folder"
         ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Writing one shard: a tar whose bytes depend on its samples alone, DALI's index beside it, and a record of what became of it."""
+"""Writing one shard: a tar whose bytes depend on its samples alone, DALI's index beside it, and a done_file of what became of it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ import hashlib
 import json
 import os
 import re
-import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from shards.images import Encoded, Storing, Unreadable, encode
+from dist_train.errors import DataError
+from dist_train.files import draft_of, write_whole
+from shards.images import Encoded, Encoding, Unreadable, encode
 from shards.index import Shard
-from shards.source import Item
+from shards.processes import Work
+from shards.readahead import ReadAhead
+from shards.source import Item, NotAFile, shown
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK
+_ZEROS = bytes(_BLOCK)
+_WRITTEN_AT_ONCE = 1 << 20
+_MODE, _TIME = b"0000644\0" + 2 * b"0000000\0", 11 * b"0" + b"\0"
+_BACK = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
+_CHECKSUM = sum(_MODE) + sum(_TIME) + sum(_BACK) + 8 * ord(" ")
+_NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]+")
 COLUMNS = ("key", "offset", "size", "label", "ext", "width", "height")
 
 
@@ -29,128 +39,145 @@ class Task:
     first: int
     items: Sequence[Item]
     read: Callable[[Item], bytes]
-    storing: Storing
+    encoding: Encoding
 
     @property
-    def record(self) -> Path:
+    def done_file(self) -> Path:
         """The file that is there when, and only when, the shard is finished."""
         return self.path.with_suffix(".json")
 
 
 @dataclass
-class Packed:
+class ShardResult:
     """What became of a shard's items: its entry and columns in the index, and (source file, reason) of what is special.
 
-    ``skipped`` files are not in the shard, ``converted`` ones not byte for byte; ``odd`` counts unusual modes.
+    ``skipped`` files are not in the shard, ``converted`` ones not byte for byte; ``unusual`` counts unusual modes.
     """
 
     shard: Shard
     columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     skipped: list[tuple[str, str]] = field(default_factory=list)
     converted: list[tuple[str, str]] = field(default_factory=list)
-    odd: dict[str, int] = field(default_factory=dict)
+    unusual: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, record: Path) -> Packed:
+    def load(cls, done_file: Path) -> ShardResult:
         """Read what :func:`write_shard` has left."""
-        tree = json.loads(record.read_bytes())
+        tree = json.loads(done_file.read_bytes())
         pairs = {name: [(file, reason) for file, reason in tree[name]] for name in ("skipped", "converted")}
-        return cls(Shard(**tree["shard"]), tree["columns"], **pairs, odd=tree["odd"])
+        return cls(Shard(**tree["shard"]), tree["columns"], **pairs, unusual=tree["unusual"])
 
 
-def write_shard(task: Task) -> int:
-    """Write a shard, and its record last, each whole or not at all; returns the number of items.
+def write_shard(task: Task) -> Work:
+    """Write a shard, and its done_file last, each whole or not at all; returns what that took.
 
-    A shard in which nothing is readable leaves a record only.
+    A shard in which nothing is readable leaves a done_file only.
 
     Raises:
-        OSError: it cannot be written.
+        DataError: an item cannot be read, by a fault of the file system.
+        OSError: the shard cannot be written.
     """
-    packed = Packed(Shard(task.path.name, 0, "", 0))
+    packed = ShardResult(Shard(task.path.name, 0, "", 0))
     rows: list[str] = []
-    draft = task.path.with_suffix(_part())
-    with open(draft, "wb") as file:
-        tar = _Tar(file)
-        for number, item in enumerate(task.items, start=task.first):
+    start, source = time.perf_counter(), ReadAhead(task.items, task.read)
+    with draft_of(task.path) as draft, open(draft, "wb", buffering=0) as file:
+        tar = _Tar(file.fileno())
+        for number, (item, data) in enumerate(source, start=task.first):
+            # The disk's error, or a lost mount's: to go on would leave out good images.
+            if isinstance(data, OSError) and not isinstance(data, NotAFile):
+                raise DataError(
+                    f"{shown(item.name)}: cannot be read ({data.strerror or data}); see that the source is there and can be read, "
+                    "and run the same command again to resume"
+                )
             try:
-                image = encode(task.read(item), task.storing)
-            except (Unreadable, OSError) as error:
-                packed.skipped.append((item.name, getattr(error, "strerror", None) or str(error)))
+                if isinstance(data, NotAFile):
+                    raise data
+                image = encode(data, task.encoding)
+            except (Unreadable, NotAFile) as error:
+                packed.skipped.append((item.name, str(error)))
                 continue
             _note(packed, item.name, image)
             rows.append(_add_sample(tar, packed.columns, f"{number:08d}-{_stem(item.name)}", item.label, image))
         tar.finish()
-        _flush(file)
+        flushing = time.perf_counter()
+    writing = tar.seconds + time.perf_counter() - flushing
     if rows:
-        os.replace(draft, task.path)
-        _write(task.path.with_suffix(".idx"), f"v1.2 {len(rows)}\n" + "".join(f"{row}\n" for row in rows))
+        write_whole(task.path.with_suffix(".idx"), f"v1.2 {len(rows)}\n" + "".join(f"{row}\n" for row in rows))
         packed.shard = Shard(task.path.name, tar.length, tar.digest.hexdigest(), len(rows))
     else:
-        draft.unlink()
-    _write(task.record, json.dumps(vars(packed) | {"shard": asdict(packed.shard)}))
-    return len(task.items)
+        task.path.unlink()
+    write_whole(task.done_file, json.dumps(vars(packed) | {"shard": asdict(packed.shard)}))
+    return Work(len(task.items), source.bytes, time.perf_counter() - start, source.waited, writing)
 
 
-def _note(packed: Packed, name: str, image: Encoded) -> None:
+def _note(packed: ShardResult, name: str, image: Encoded) -> None:
     if image.converted_from:
         packed.converted.append((name, image.converted_from))
-    for what in image.odd:
-        packed.odd[what] = packed.odd.get(what, 0) + 1
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}{_part()}")
-    with open(draft, "wb") as file:
-        file.write(text.encode("utf-8", "surrogateescape"))
-        _flush(file)
-    os.replace(draft, path)
-
-
-def _part() -> str:
-    """Ending of a draft, of this process alone on all machines: what one that was killed has left is not written to by two."""
-    return f".part-{socket.gethostname()}-{os.getpid()}"
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    for what in image.unusual:
+        packed.unusual[what] = packed.unusual.get(what, 0) + 1
 
 
 class _Tar:
     """Writes a USTAR archive that depends on names and contents alone, and hashes it on the way."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._parts: list[bytes] = []
+        self._waiting = 0
         self.digest = hashlib.sha256()
         self.length = 0
+        self.seconds = 0.0
+        """Spent in writing."""
 
     def add(self, name: str, data: bytes) -> int:
         """Add a file and return the offset of its data."""
-        self._write(_header(name, len(data)))
+        self._put(_header(name, len(data)))
         offset = self.length
-        self._write(data)
-        self._write(bytes(-len(data) % _BLOCK))
+        self._put(data)
+        if padding := -len(data) % _BLOCK:
+            self._put(_ZEROS[:padding])
         return offset
 
     def finish(self) -> None:
-        self._write(bytes(2 * _BLOCK))
-        self._write(bytes(-self.length % _RECORD))
+        self._put(bytes(2 * _BLOCK))
+        self._put(bytes(-self.length % _RECORD))
+        self._flush()
 
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.digest.update(data)
+    def _put(self, data: bytes) -> None:
+        self._parts.append(data)
         self.length += len(data)
+        self._waiting += len(data)
+        if self._waiting > _WRITTEN_AT_ONCE or len(self._parts) > 500:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Hash and write what waits: small parts as one, since each call costs as much as some kilobytes do."""
+        joined = b"".join(self._parts) if self._waiting < 64 * len(self._parts) * _BLOCK else None
+        for part in self._parts if joined is None else [joined]:
+            self.digest.update(part)
+        parts, written = ([joined] if joined else self._parts), 0
+        start = time.perf_counter()
+        while written < self._waiting:  # a disk that becomes full takes a part
+            written += os.writev(self._descriptor, parts)
+            if written < self._waiting:
+                parts = [b"".join(self._parts)[written:]]
+        self.seconds += time.perf_counter() - start
+        self._parts, self._waiting = [], 0
 
 
 def _header(name: str, size: int) -> bytes:
     """A USTAR header (mode 0644, no owner, no time); ``tarfile`` is slower, and its bytes differ with Python's version."""
-    front = (
-        name.encode("ascii").ljust(100, b"\0") + b"0000644\0" + 2 * b"0000000\0" + b"%011o\0" % size + 11 * b"0" + b"\0"
+    start, digits = name.encode("ascii"), b"%011o" % size
+    assert len(start) <= 100, "keys are short"
+    assert len(digits) == 11, "images are smaller than 8 GiB"
+    return b"%s%s%s\0%s%06o\0 %s" % (
+        start.ljust(100, b"\0"),
+        _MODE,
+        digits,
+        _TIME,
+        _CHECKSUM + sum(start) + sum(digits),
+        _BACK,
     )
-    back = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
-    assert len(front) == 148, "keys are short, and images smaller than 8 GiB"
-    checksum = sum(front) + sum(back) + 8 * ord(" ")
-    return front + b"%06o\0 " % checksum + back
 
 
 def _add_sample(tar: _Tar, columns: dict[str, list[Any]], key: str, label: int, image: Encoded) -> str:
@@ -167,4 +194,4 @@ def _add_sample(tar: _Tar, columns: dict[str, list[Any]], key: str, label: int, 
 def _stem(name: str) -> str:
     """The file name in a form that WebDataset keys can have: no dots, spaces or letters outside of ASCII."""
     stem = name.rpartition("/")[2].rpartition(".")[0] or name.rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:60]
+    return _NOT_IN_KEYS.sub("_", stem)[:60]

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dist_train import slurm
 from dist_train.errors import DataError, SlurmError, UserError
-from launch import cluster
-from shards.images import Unreadable, encode
-from shards.make import Report, in_processes
-from shards.pack import Packed, Task, write_shard
-from shards.source import Item
+from shards.pack import Task, write_shard
+from shards.processes import ProgressCallback, in_processes
 
 POLL_SECONDS = 2.0
 OWN = ("array", "comment", "error", "output")
@@ -43,63 +41,63 @@ class Array:
                     f"--sbatch {flag}: write a long flag of sbatch without its dashes, such as partition=NAME, but none of "
                     + ", ".join(OWN)
                 )
-        cluster.require("leave out --slurm to make the shards here, or give the command where SLURM is")
+        slurm.require("leave out --slurm to make the shards here, or give the command where SLURM is")
 
-    def write(self, draft: Path, tasks: Sequence[Task], report: Report | None) -> None:
+    def write(self, draft: Path, tasks: Sequence[Task], report: ProgressCallback | None) -> None:
         """Write the shards that are not finished, as an array whose end is waited for.
 
-        Should this process be killed, the array goes on, and the next call waits for it before it submits what is missing.
+        Should this process be killed, the array continues, and the next call waits for it before it submits what is missing.
 
         Raises:
-            SlurmError: sbatch refuses the array, some of its tasks failed, or a node does not see the source.
+            SlurmError: sbatch refuses the array, or some of its tasks failed, for instance on a node that does not see the source.
         """
         draft = draft.resolve()
-        if job := cluster.job_on(draft):
+        if job := slurm.job_on(draft):
             _wait(draft, tasks, job.partition("_")[0], report)
-        if todo := [task for task in tasks if not task.record.exists()]:
+        if todo := [task for task in tasks if not task.done_file.exists()]:
             self._write(draft, tasks, todo, report)
-        _check_seen(tasks)
 
-    def _write(self, draft: Path, tasks: Sequence[Task], todo: Sequence[Task], report: Report | None) -> None:
+    def _write(self, draft: Path, tasks: Sequence[Task], todo: Sequence[Task], report: ProgressCallback | None) -> None:
         parts = [todo[first :: self.tasks] for first in range(min(self.tasks, len(todo)))]
         jobs = self._submit(draft, parts)
         _wait(draft, tasks, jobs[0].job_id.partition("_")[0], report)
-        failed = [job for job, part in zip(jobs, parts) if not all(task.record.exists() for task in part)]
+        failed = [job for job, part in zip(jobs, parts) if not all(task.done_file.exists() for task in part)]
         if failed:
             log = failed[0].paths.stdout
-            why = cluster.last_line(log.read_text(errors="replace"))[:200] if log.exists() else "no log"
+            why = slurm.last_line(log.read_text(errors="replace"))[:200] if log.exists() else "no log"
             raise SlurmError(
                 f"{len(failed)} of {len(jobs)} tasks did not finish, the first is job {failed[0].job_id} ({why}); see {log}, "
-                "and give the same command again to go on"
+                "and run the same command again to resume"
             )
 
     def _submit(self, draft: Path, parts: Sequence[Sequence[Task]]) -> list[Any]:
-        import submitit
-
-        from launch import submission
-
         folder = draft / "slurm"
-        flags: dict[str, str | bool] = {"requeue": True}
-        for key, equals, value in (flag.partition("=") for flag in self.flags):
-            flags[key.replace("-", "_")] = value if equals else True
+        flags = {"requeue": True, **slurm.flags(self.flags)}
         first = not folder.exists()
-        executor = submitit.SlurmExecutor(folder)
-        executor.update_parameters(
-            job_name="shards", comment=str(draft), cpus_per_task=self.workers, time=None, array_parallelism=len(parts),
-            use_srun=False, stderr_to_stdout=True, additional_parameters=flags,
-        )  # fmt: skip
+        executor = slurm.executor(
+            folder,
+            job_name="shards",
+            comment=str(draft),
+            cpus_per_task=self.workers,
+            time=None,
+            array_parallelism=len(parts),
+            use_srun=False,
+            stderr_to_stdout=True,
+            additional_parameters=flags,
+        )
         try:
-            jobs = submission.start(executor, write_shards, [(part, self.workers) for part in parts])
+            jobs = slurm.submit(executor, write_shards, [(part, self.workers) for part in parts])
         except SlurmError:
             if first:
                 shutil.rmtree(folder)
             raise
         job = jobs[0].job_id.partition("_")[0]
         print(
-            f"job {job}: {len(parts)} tasks write {sum(map(len, parts))} shards, logs in {folder}; it goes on without this "
+            f"job {job}: {len(parts)} tasks write {sum(map(len, parts))} shards, logs in {folder}; it continues without this "
             f"command, which can be given again; cancel: scancel {job}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
         return jobs
 
 
@@ -107,7 +105,7 @@ def write_shards(tasks: Sequence[Task], workers: int | None) -> NoReturn:
     """What a task of the array runs, again from the start when it is requeued: those of its shards that are missing."""
     code = 0
     try:
-        todo = [task for task in tasks if not task.record.exists()]
+        todo = [task for task in tasks if not task.done_file.exists()]
         for _ in in_processes(write_shard, todo, workers or int(os.environ["SLURM_CPUS_ON_NODE"])):
             pass
     except (UserError, OSError) as error:
@@ -125,7 +123,7 @@ def refuse_jobs(drafts: Path, own: Path | None) -> None:
     """
     if shutil.which("squeue") is None:
         return
-    for folder, job in cluster.jobs().items():
+    for folder, job in slurm.jobs().items():
         if folder.parent == drafts.resolve() and not (own and folder == own.resolve()):
             raise DataError(
                 f"{drafts.parent}: job {job} is making shards there; its own command, with --slurm, waits for it, "
@@ -133,37 +131,14 @@ def refuse_jobs(drafts: Path, own: Path | None) -> None:
             )
 
 
-def _check_seen(tasks: Sequence[Task]) -> None:
-    """Refuse shards, to be written again, that lack images which can be read: a node had not mounted the source."""
-    unseen: list[str] = []
-    for task in tasks:
-        skipped = dict(Packed.load(task.record).skipped)
-        if found := next((item.name for item in task.items if item.name in skipped and _readable(task, item)), None):
-            task.record.unlink()
-            unseen.append(f"{found} ({skipped[found]})")
-    if unseen:
-        raise SlurmError(
-            f"{len(unseen)} shards lack images that can be read here, such as {unseen[0]}; see that all nodes have the source, "
-            "and give the same command again to write these shards again"
-        )
-
-
-def _readable(task: Task, item: Item) -> bool:
-    try:
-        encode(task.read(item), task.storing)
-    except (Unreadable, OSError):
-        return False
-    return True
-
-
-def _wait(draft: Path, tasks: Sequence[Task], job: str, report: Report | None) -> None:
+def _wait(draft: Path, tasks: Sequence[Task], job: str, report: ProgressCallback | None) -> None:
     """Return when no task of the array is queued or running any more."""
     total = sum(len(task.items) for task in tasks)
     working = True
     while working:
-        with contextlib.suppress(cluster.Unanswered):  # the controller comes back; the array runs meanwhile
-            working = cluster.job_on(draft) is not None
-        done = sum(len(task.items) for task in tasks if task.record.exists())
+        with contextlib.suppress(slurm.Unanswered):  # the controller comes back; the array runs meanwhile
+            working = slurm.job_on(draft) is not None
+        done = sum(len(task.items) for task in tasks if task.done_file.exists())
         if report:
             report(f"job {job}", done, total)
         if working:

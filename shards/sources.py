@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_train.errors import DataError
-from shards import archives
-from shards.index import UNLABELED
-from shards.source import SPLITS, Item, Source, png, read_file
+from dist_train.files import draft_of
+from shards import imagenet
+from shards.index import FILE, UNLABELED
+from shards.layout import AS_IT_SHOWS, Reading, understand
+from shards.source import SPLITS, Item, Source, png, read_file, shown
+from shards.tree import look, without_outer
 
 
-def folder(root: Path, scratch: Path | None = None) -> Source:
-    """Class folders of image files, either directly in ``root`` or in its folders train, val and test.
+def folder(root: Path, scratch: Path | None = None, reading: Reading = AS_IT_SHOWS) -> Source:
+    """Images in a folder, or in a tar of one, of any layout that :mod:`shards.layout` understands.
 
-    ``root`` is a folder, or a tar of one; a compressed tar is uncompressed to ``scratch`` first, and refused without.  The classes are the sorted
-    union over the splits.  Files may lie deeper in a class folder; hidden ones are ignored.
+    Usually these are class folders, either directly in ``root`` or in its folders train, val and test.  The classes are
+    the sorted union over the splits.  A compressed tar is uncompressed to ``scratch`` first, and refused without.
 
     Raises:
-        DataError: no such folder, no class folders, a class folder without files, or splits mixed with other folders.
+        DataError: no such folder, a layout that is not understood, or one that may be meant in several ways.
     """
-    if not root.exists():
-        raise DataError(
-            f"{root}: no such folder; give a folder of class folders, or of train/ val/ test/ with class folders"
+    if root.is_dir() and not (reading.labels or reading.splits or reading.depth):
+        if (root / "LOC_val_solution.csv").exists():
+            return imagenet.imagenet(root)
+        _refuse_other_kinds(root)
+    outer = frozenset(SPLITS) | {folder.partition("/")[0] for folders in reading.splits.values() for folder in folders}
+    tree = look(root, scratch)
+    tree = tree if reading.depth else without_outer(tree, outer)
+    layout = understand(tree, reading)
+    classes = tuple(sorted({label for items in layout.splits.values() for _, label in items}))
+    number = {name: label for label, name in enumerate(classes)}
+    splits = {
+        split: [item._replace(label=number[label]) for item, label in items] for split, items in layout.splits.items()
+    }
+    return Source(classes, splits, partial(read_file, tree.root), tree.version, str(layout))
+
+
+def _refuse_other_kinds(root: Path) -> None:
+    """Name the command for folders of archives that are no folders of images."""
+    names = {entry.name for entry in root.iterdir()}
+    for marks, what, command in (
+        (
+            (*imagenet.TRAIN[:1], *imagenet.VAL[:1], "ILSVRC", "CLS-LOC"),
+            "ImageNet",
+            "shards make imagenet, with --val-labels",
+        ),
+        (("data_batch_1", "data_batch_1.bin"), "CIFAR-10", "shards make cifar10"),
+        (("coarse_label_names.txt",), "CIFAR-100", "shards make cifar100"),
+        ((FILE,), "shards already", "shards info"),
+    ):
+        python_cifar100 = (
+            command.endswith("cifar100") and {"meta", "train", "test"} <= names and (root / "meta").is_file()
         )
-    try:
-        stamp, folders, items = _walk(root) if root.is_dir() else _list(root, scratch)
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    classes, splits = _sort(root, folders, items)
-    return Source(classes, splits, partial(read_file, root), stamp)
+        if names & set(marks) or python_cifar100:
+            raise DataError(f"{root}: is {what}; use `python -m {command}`")
+    for ending, what, verb in (
+        (".parquet", "Parquet files", "make parquet"),
+        (".tar", "tars of a WebDataset", "index"),
+    ):
+        files = [name for name in names if name.endswith(ending)]
+        if files and not any(entry.is_dir() for entry in root.iterdir()):
+            raise DataError(f"{root}: holds {what}, no images; use `python -m shards {verb} {root}`")
 
 
 def samples(given: Iterable[Sample], scratch: Path) -> Source:
@@ -45,18 +78,16 @@ def samples(given: Iterable[Sample], scratch: Path) -> Source:
     path, digest, position = scratch / "samples.bin", hashlib.sha256(), 0
     found: dict[tuple[str, str], tuple[str | None, int, int]] = {}
     scratch.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        for name, label, image, split in given:
-            if split not in SPLITS:
-                raise DataError(f"sample {name}: its split is '{split}'; allowed are {', '.join(SPLITS)}")
+    with draft_of(path) as draft, open(draft, "wb") as file:
+        for name, label, image, split in map(_checked, given):
             if (split, name) in found:
                 raise DataError(f"sample {name}: there are two of that name in {split}; names must differ")
-            data = image if isinstance(image, bytes) else png(image)
+            data = bytes(image) if isinstance(image, bytes | bytearray | memoryview) else png(image)
             found[split, name] = (label, len(data), position)
             position += file.write(data)
             digest.update(data)
-    if not found:
-        raise DataError("there are no samples; the iterable is empty")
+        if not found:
+            raise DataError("there are no samples; the iterable is empty")
     classes = tuple(sorted({label for label, _, _ in found.values() if label is not None}))
     labels: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
     labels[None] = UNLABELED
@@ -73,6 +104,38 @@ class Sample(NamedTuple):
     label: str | None
     image: Any
     split: str = "train"
+
+
+def _checked(sample: Any) -> Sample:
+    """Refuse a sample of a wrong type when it comes, not after hours of copying."""
+    import numpy as np
+    from PIL import Image
+
+    if not isinstance(sample, tuple) or not 3 <= len(sample) <= 4:
+        raise DataError(f"a sample is a {type(sample).__name__}; give Sample(name, label, image, split)")
+    name, label, image, split = sample if len(sample) == 4 else (*sample, "train")
+    if not isinstance(name, str):
+        raise DataError(f"sample {name!r}: its name is a {type(name).__name__}; give a text")
+    if label is not None and not isinstance(label, str):
+        raise DataError(
+            f"sample {shown(name)}: its label is a {type(label).__name__}; give the class's name, or None without one"
+        )
+    if not isinstance(split, str) or split not in SPLITS:
+        raise DataError(f"sample {shown(name)}: its split is '{split}'; allowed are {', '.join(SPLITS)}")
+    if isinstance(image, np.ndarray):
+        usual = (
+            image.dtype == np.uint8 and image.size and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3))
+        )
+        if not usual:
+            raise DataError(
+                f"sample {shown(name)}: its image is an array {image.dtype} {list(image.shape)}; give uint8 [H, W] or [H, W, 3]"
+            )
+    elif not isinstance(image, bytes | bytearray | memoryview | Image.Image):
+        raise DataError(
+            f"sample {shown(name)}: its image is a {type(image).__name__}; give the bytes of an encoded image, a PIL image, "
+            "or uint8 [H, W] or [H, W, 3]"
+        )
+    return Sample(name, label, image, split)
 
 
 def digits() -> Source:
@@ -101,91 +164,3 @@ def _read_digit(item: Item) -> bytes:
     levels = images[int(item.name.rpartition("-")[2])]
     small = Image.fromarray(np.rint(levels * (255 / 16)).astype(np.uint8))
     return png(small.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))
-
-
-def _walk(root: Path) -> tuple[str, set[str], list[Item]]:
-    """A stamp, the folders up to two levels down, and the files below them, by their paths under ``root``."""
-    digest = hashlib.sha256()
-    folders: set[str] = set()
-    items: list[Item] = []
-    top = _visible_folders(root)
-    for place in [inner for path in top for inner in (_visible_folders(path) if path.name in SPLITS else [path])]:
-        folders.add(place.relative_to(root).as_posix())
-        for where, inner, files in os.walk(place, onerror=_refuse):
-            inner[:] = sorted(name for name in inner if _visible(name))
-            for name in sorted(filter(_visible, files)):
-                path = Path(where, name)
-                state = path.stat() if path.exists() else None  # a broken link is skipped when it is read
-                items.append(Item(path.relative_to(root).as_posix(), -1, state.st_size if state else 0))
-                digest.update(f"{state.st_mtime_ns if state else 0}\n".encode())
-    folders.update(path.name for path in top)
-    return digest.hexdigest(), folders, items
-
-
-def _list(path: Path, scratch: Path | None) -> tuple[str, set[str], list[Item]]:
-    """The same of a tar; a folder that all of it lies in is not counted, unless it is a split or a class."""
-    tar = archives.unpacked(path, scratch)
-    folders: set[str] = set()
-    items: dict[str, Item] = {}  # of two members of the same name the later one counts
-    for member in archives.members(tar):
-        if not all(_visible(part) for part in member.name.split("/")) or member.name in ("", "."):
-            continue
-        if member.is_folder:
-            folders.add(member.name.rstrip("/"))
-        else:
-            items[member.name] = Item(member.name, -1, member.size, (str(tar), member.offset))
-            folders.add(member.name.rpartition("/")[0])
-    folders = {parent for name in folders if name for parent in (name, *map(str, Path(name).parents))} - {"."}
-    while len(top := {name for name in folders if "/" not in name}) == 1 and not top & set(SPLITS):
-        outer = f"{top.pop()}/"
-        if not any(name.startswith(outer) for name in folders):
-            break
-        if any(name.startswith(outer) and "/" not in name[len(outer) :] for name in items):
-            break
-        folders = {name.removeprefix(outer) for name in folders if name.startswith(outer)}
-        items = {name.removeprefix(outer): item for name, item in items.items()}
-    named = [item._replace(name=name) for name, item in sorted(items.items())]
-    return archives.stamp(path), folders, named
-
-
-def _sort(root: Path, folders: set[str], items: Iterable[Item]) -> tuple[tuple[str, ...], dict[str, list[Item]]]:
-    """Classes, and items with labels by split."""
-    top = sorted(name for name in folders if "/" not in name)
-    splits = [name for name in SPLITS if name in top]
-    others = [name for name in top if name not in SPLITS]
-    if splits and others:
-        raise DataError(
-            f"{root}: holds {', '.join(splits)} and also '{others[0]}'; beside the splits {', '.join(SPLITS)} "
-            "there must be no other folder"
-        )
-    depth = 2 if splits else 1
-    class_folders = sorted(name for name in folders if name.count("/") == depth - 1)
-    for split in splits or [""]:
-        if not any(name.startswith(f"{split}/" if split else "") for name in class_folders):
-            raise DataError(f"{root / split}: has no class folders; images must lie in one folder per class")
-    classes = tuple(sorted({name.rpartition("/")[2] for name in class_folders}))
-    labels = {name: number for number, name in enumerate(classes)}
-    sorted_out: dict[str, list[Item]] = {split: [] for split in splits or ["train"]}
-    filled = set()
-    for item in items:
-        parts = item.name.split("/")
-        if len(parts) > depth:
-            filled.add("/".join(parts[:depth]))
-            sorted_out[parts[0] if splits else "train"].append(item._replace(label=labels[parts[depth - 1]]))
-    for name in class_folders:
-        if name not in filled:
-            raise DataError(f"{root / name}: is empty; put images of the class there or remove the folder")
-    return classes, sorted_out
-
-
-def _visible_folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and _visible(entry.name))
-
-
-def _refuse(error: OSError) -> None:
-    """A folder that cannot be listed would otherwise be left out without a word."""
-    raise error
-
-
-def _visible(name: str) -> bool:
-    return not name.startswith((".", "__MACOSX"))

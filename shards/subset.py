@@ -32,8 +32,8 @@ def open_shards(folder: Path) -> Source:
     if len(classes) > 1:
         raise DataError(f"{folder}: its splits {', '.join(indices)} have different classes; make them together")
     items = {split: _items(split, index) for split, index in indices.items()}
-    stamp = " ".join(index.fingerprint for index in indices.values())
-    return Source(classes.pop(), items, partial(read_file, folder), stamp)
+    version = " ".join(index.fingerprint for index in indices.values())
+    return Source(classes.pop(), items, partial(read_file, folder), version)
 
 
 def choose(
@@ -45,7 +45,7 @@ def choose(
         DataError: a class is too small, or there is a val split already.
     """
     if per_class:
-        source = source.few(per_class, seed)
+        source = source.subsample(per_class, seed)
     if val_per_class:
         source = source.hold_out(val_per_class, seed)
     if labels_per_class:
@@ -60,9 +60,9 @@ def save_lists(source: Source, folder: Path, out: Path, rule: Mapping[str, int])
         DataError: there are shards already, or ``out`` cannot be written.
     """
     ids = {
-        f"{path.name}/{key.decode()}": (path.name, sample)
+        name: (path.name, sample)
         for path in split_folders(folder)
-        for sample, key in enumerate(Index.load(path, quarantine=False).key.tolist())
+        for sample, name in enumerate(_names(path.name, Index.load(path, quarantine=False)))
     }
     refuse_existing(out, source.splits)
     draft: Path | None = None
@@ -71,6 +71,8 @@ def save_lists(source: Source, folder: Path, out: Path, rule: Mapping[str, int])
         draft = Path(tempfile.mkdtemp(prefix=".subset-", dir=out))
         for split, items in source.splits.items():
             chosen = sorted((*ids[item.name], item.label) for item in items)
+            if not chosen:
+                raise DataError(f"{folder / split}: all of its samples are in quarantine; make the shards again")
             origin = Index.load(folder / chosen[0][0], quarantine=False)
             (draft / split).mkdir()
             # Two folders down from `out` while it is written, one afterwards: the path to the shards is the final one's.
@@ -96,12 +98,20 @@ def save_lists(source: Source, folder: Path, out: Path, rule: Mapping[str, int])
 def _items(split: str, index: Index) -> list[Item]:
     assert index.folder is not None
     paths = [str(index.folder / shard.name) for shard in index.shards]
-    bad = {entry.id for entry in index.quarantined()}
+    bad = set(index.bad())
     rows = zip(
-        index.key.tolist(), index.label.tolist(), index.size.tolist(), index.shard.tolist(), index.offset.tolist()
+        _names(split, index), index.label.tolist(), index.size.tolist(), index.shard.tolist(), index.offset.tolist()
     )
     return [
-        Item(f"{split}/{key.decode()}", label, size, (paths[shard], offset))
-        for sample, (key, label, size, shard, offset) in enumerate(rows)
+        Item(name, label, size, (paths[shard], offset))
+        for sample, (name, label, size, shard, offset) in enumerate(rows)
         if sample not in bad
     ]
+
+
+def _names(split: str, index: Index) -> list[str]:
+    """The items' names; with the shard's number where, in shards made elsewhere, each shard has the same keys."""
+    keys = [key.decode() for key in index.key.tolist()]
+    if len(set(keys)) == len(keys):
+        return [f"{split}/{key}" for key in keys]
+    return [f"{split}/{shard}/{key}" for shard, key in zip(index.shard.tolist(), keys)]

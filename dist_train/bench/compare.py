@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.arguments import Parser
-from dist_train.compare import command
-from dist_train.config_file import dump_config, flat_fields, make_config
+from dist_train.commands import compare as command
+from dist_train.config_file import dump_config, flat_fields, load_config, make_config
+from dist_train.tracking.metrics import read_metrics
 
 METRICS = [f"train/exit{number}/{name}" for number in range(1, 6) for name in ("loss", "top1", "top5")] + [
-    "train/loss", "train/temperature", "train/learning_rate", "val/mean_top1", "speed/images_per_second",
-]  # fmt: skip
+    "train/loss",
+    "train/temperature",
+    "train/learning_rate",
+    "val/mean_top1",
+    "speed/images_per_second",
+]
 
 
 def run(arguments: list[str]) -> int:
@@ -47,7 +52,7 @@ def run(arguments: list[str]) -> int:
 def _make(root: Path, number: int, lines: int) -> Path:
     """One of five seeds of a run; twenty mixes for a hundred runs."""
     tree = {"name": f"run{number}", "runs": str(root / "runs"), "seed": number % 5, "data": {"shards": "data/x"}}
-    config = make_config({**tree, "loss": {"mix": (number // 5) / 100 % 1}})
+    config = make_config({**tree, "loss": {"alpha": (number // 5) / 100 % 1}})
     config.folder.mkdir(parents=True)
     (config.folder / "config.yaml").write_text(dump_config(config))
     with (config.folder / "metrics.jsonl").open("w") as file:
@@ -73,9 +78,6 @@ def _make(root: Path, number: int, lines: int) -> Path:
 def _fill_store(root: Path, folders: list[Path]) -> str:
     from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
-
-    from dist_train.config_file import load_config
-    from dist_train.metrics import read_metrics
 
     uri = f"sqlite:///{root / 'mlflow.db'}"
     client: Any = MlflowClient(tracking_uri=uri)

@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.arguments import Parser
+from dist_train.config import DataConfig
+from dist_train.data.augment import resized_crops
+from dist_train.data.order import epoch_order, micro_batches
+from dist_train.data.pipeline import Loader
+from dist_train.data.reader import ShardReader
 from dist_train.errors import DataError, TrainingError
+from shards.index import Index
 
 BATCH = 64
 SIZE = 224
@@ -53,9 +59,13 @@ def run(arguments: list[str]) -> int:
         for name, measured in rows.items()
     }
     result = {
-        "machine": platform.processor() or platform.machine(), "threads": known.threads, "samples": known.samples,
-        "rounds": known.rounds, "ways": medians, "ratios": _ratios(medians),
-    }  # fmt: skip
+        "machine": platform.processor() or platform.machine(),
+        "threads": known.threads,
+        "samples": known.samples,
+        "rounds": known.rounds,
+        "ways": medians,
+        "ratios": _ratios(medians),
+    }
     print(_text(result))
     if known.json:
         known.json.write_text(json.dumps(result, indent=1))
@@ -86,25 +96,26 @@ def ours(folder: Path, threads: int) -> Pass:
     """The loader as training uses it."""
     import torch
 
-    from dist_train.config import DataConfig
-    from dist_train.data.pipeline import Loader
-    from shards.index import Index
-
     torch.set_num_threads(1)
     loader = Loader(
-        Index.load(folder), folder, DataConfig(shards=folder.parent, image_size=SIZE, augment="resized_crop"), train=True,
-        seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, device=torch.device("cpu"), threads=threads,
-    )  # fmt: skip
+        Index.load(folder),
+        folder,
+        DataConfig(shards=folder.parent, image_size=SIZE, augment="resized_crop"),
+        train=True,
+        seed=0,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        rank=0,
+        world_size=1,
+        device=torch.device("cpu"),
+        threads=threads,
+    )
     return lambda: (len(micro.ids) for batch in loader.epoch(0) for micro in batch)
 
 
 def our_bytes(folder: Path, threads: int) -> Pass:
     """The order and the reader, without decoding."""
     import numpy as np
-
-    from dist_train.data.order import epoch_order, micro_batches
-    from dist_train.data.reader import ShardReader
-    from shards.index import Index
 
     index = Index.load(folder)
     reader = ShardReader(index, folder, threads)
@@ -128,9 +139,14 @@ def dali(folder: Path, threads: int, decode: bool = True) -> Pass:
 
     def graph() -> Any:
         raw = fn.readers.webdataset(
-            paths=shards, index_paths=indices, ext=[_extension(folder)], random_shuffle=True, initial_fill=1024,
-            pad_last_batch=True, name="reader",
-        )  # fmt: skip
+            paths=shards,
+            index_paths=indices,
+            ext=[_extension(folder)],
+            random_shuffle=True,
+            initial_fill=1024,
+            pad_last_batch=True,
+            name="reader",
+        )
         if not decode:
             return raw
         images = fn.decoders.image_random_crop(
@@ -138,9 +154,13 @@ def dali(folder: Path, threads: int, decode: bool = True) -> Pass:
         )
         images = fn.resize(images, size=(SIZE, SIZE))
         return fn.crop_mirror_normalize(
-            images, dtype=types.FLOAT, output_layout="HWC", mirror=fn.random.coin_flip(),
-            mean=[123.7, 116.3, 103.5], std=[58.4, 57.1, 57.4],
-        )  # fmt: skip
+            images,
+            dtype=types.FLOAT,
+            output_layout="HWC",
+            mirror=fn.random.coin_flip(),
+            mean=[123.7, 116.3, 103.5],
+            std=[58.4, 57.1, 57.4],
+        )
 
     pipeline = nvidia_dali.pipeline_def(graph)(
         batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2
@@ -196,8 +216,6 @@ class _PilCrop:
         import torch
         from PIL import Image
 
-        from dist_train.data.augment import resized_crops
-
         image = Image.open(io.BytesIO(sample[self.extension])).convert("RGB")
         number = np.array([np.random.default_rng().integers(2**31)])
         (anchor,), (shape,) = resized_crops(
@@ -234,7 +252,6 @@ def _make_shards(images: Path, samples: int, folder: Path) -> None:
 
 
 def _extension(folder: Path) -> str:
-    from shards.index import Index
 
     extension: str = Index.load(folder).ext[0].decode()
     return extension

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_train.arguments import Parser
 from dist_train.config import LossConfig
-from dist_train.loss import ExitDistillation
+from dist_train.loss.objective import ExitDistillation
 
 SHAPES = ((11, 64, 100), (5, 256, 1000), (7, 1024, 1000), (5, 8192, 1000), (11, 8192, 1000), (5, 1024, 21_841))
 TEMPERATURE = 2.0
@@ -31,7 +31,7 @@ Objective = Callable[[list[Tensor], Tensor], Tensor]
 
 
 @dataclass
-class Row:
+class LossRow:
     """One way of computing the objective at one shape: median of interleaved rounds, forward and backward."""
 
     exits: int
@@ -61,13 +61,11 @@ def pairwise(logits: list[Tensor], targets: Tensor) -> Tensor:
         with torch.no_grad():
             hits = student.topk(5).indices == targets[:, None]
             stats += [ce.detach(), hits[:, 0].sum(), hits.sum(), (~student.isfinite()).any(1).sum()]
-        for t, teacher in enumerate(logits):
-            with torch.set_grad_enabled(t > m):
-                q = F.softmax(teacher.detach().float() / TEMPERATURE, dim=-1)
-                kl = F.kl_div(F.log_softmax(student / TEMPERATURE, dim=-1), q, reduction="batchmean")
+        for teacher in logits[m + 1 :]:
+            q = F.softmax(teacher.detach().float() / TEMPERATURE, dim=-1)
+            kl = F.kl_div(F.log_softmax(student / TEMPERATURE, dim=-1), q, reduction="batchmean")
             stats.append(kl.detach())
-            if t > m:
-                loss = loss + TEMPERATURE**2 * kl / (exits * (exits - 1 - m))
+            loss = loss + TEMPERATURE**2 * kl / (exits * (exits - 1 - m))
     with torch.no_grad():
         stats += [F.softmax(logits[-1].float() / TEMPERATURE, dim=-1).amax(1).sum(), (targets >= 0).sum()]
     return loss
@@ -91,12 +89,12 @@ def pairwise_liger(logits: list[Tensor], targets: Tensor) -> Tensor:
 
 def fused(exits: int, device: torch.device) -> Objective:
     """The same objective by :class:`ExitDistillation`."""
-    config = LossConfig(teachers="later", form="kl", temperature=TEMPERATURE, temperature_rule="constant")
+    config = LossConfig(teachers="later", distill_loss="kl", temperature=TEMPERATURE, temperature_rule="constant")
     criterion = ExitDistillation.from_config(config, exits).to(device)
     return lambda logits, targets: criterion(logits, targets, labeled=len(targets)).loss
 
 
-def bench_loss(json_path: str | Path | None = None, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> list[Row]:
+def bench_loss(json_path: str | Path | None = None, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> list[LossRow]:
     """Measure all shapes in fp32 and bf16, print a table, and write the rows to a JSON file.
 
     Without a GPU the shapes above 10 million logits are left out.
@@ -107,7 +105,7 @@ def bench_loss(json_path: str | Path | None = None, shapes: Sequence[tuple[int, 
     print(
         f"{'exits x batch x classes':>24}  dtype     way             ms   least MB   of copy   extra MB   time / fused"
     )
-    rows: list[Row] = []
+    rows: list[LossRow] = []
     for shape in shapes:
         if device.type == "cpu" and shape[0] * shape[1] * shape[2] > CPU_LIMIT:
             print(f"{' x '.join(map(str, shape)):>24}  left out: no GPU")
@@ -128,7 +126,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> list[Row]:
+def _measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> list[LossRow]:
     exits, batch, classes = shape
     torch.manual_seed(0)
     logits = [torch.randn(batch, classes, device=device, dtype=dtype).requires_grad_() for _ in range(exits)]
@@ -147,13 +145,20 @@ def _measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
     least = 2 * source.numel() * source.element_size()
     # A copy moves as many bytes as the objective has to: it reads all logits and writes as much.
     rows = [
-        Row(
-            exits, batch, classes, str(dtype).removeprefix("torch."), way, 1e3 * seconds[way], least,
-            seconds["copy"] / seconds[way], _extra_memory(step, device),
+        LossRow(
+            exits,
+            batch,
+            classes,
+            str(dtype).removeprefix("torch."),
+            way,
+            1e3 * seconds[way],
+            least,
+            seconds["copy"] / seconds[way],
+            _extra_memory(step, device),
             {other: seconds[other] / seconds[way] for other in ways if other != way},
         )
         for way, step in steps.items()
-    ]  # fmt: skip
+    ]
     for row in rows:
         _print(row, seconds["fused"])
     return rows
@@ -197,7 +202,7 @@ def _extra_memory(step: Callable[[], object], device: torch.device) -> int | Non
     return torch.cuda.max_memory_allocated() - before
 
 
-def _print(row: Row, fused: float) -> None:
+def _print(row: LossRow, fused: float) -> None:
     shape = f"{row.exits} x {row.batch} x {row.classes}"
     extra = "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.1f}"
     print(

@@ -1,4 +1,4 @@
-"""What the default setting makes of a training step, and what stopping early saves, for the two MSDNets of the paper."""
+"""How fast a training step is with the default settings, and what early exit saves, for the paper's two MSDNets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_train.arguments import Parser
+from dist_train.config import LossConfig, OptimConfig
+from dist_train.distributed.group import Ranks
+from dist_train.loss.objective import ExitDistillation
+from dist_train.models.cost import exit_costs
+from dist_train.models.msdnet import MSDNet
+from dist_train.models.network import MultiExitNetwork
+from dist_train.precision import autocast
+from dist_train.prediction.stopping import at_exit, predict
+from dist_train.training.optim import build_optimizer
 
 BLOCKS = 5
 """Timed blocks per variant, taken in turn so that a slower moment of the machine meets all of them."""
@@ -25,11 +34,21 @@ BLOCKS = 5
 NETWORKS: dict[str, dict[str, Any]] = {
     "cifar": {"num_classes": 100, "image_size": 32, "batch": 64},
     "imagenet": {
-        "num_classes": 1000, "image_size": 224, "batch": 16,
-        "exits": 5, "scales": 4, "growth": 16, "growth_factors": (1, 2, 4, 4), "bottleneck_factors": (1, 2, 4, 4),
-        "initial_channels": 32, "base": 4, "step": 4, "head_width": None, "stem": 224,
+        "num_classes": 1000,
+        "image_size": 224,
+        "batch": 16,
+        "exits": 5,
+        "scales": 4,
+        "growth": 16,
+        "growth_factors": (1, 2, 4, 4),
+        "bottleneck_factors": (1, 2, 4, 4),
+        "initial_channels": 32,
+        "base": 4,
+        "step": 4,
+        "head_width": None,
+        "stem": 224,
     },
-}  # fmt: skip
+}
 
 
 def run(arguments: list[str]) -> int:
@@ -40,7 +59,6 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="training steps per timed block")
     parser.add_argument("--batch", type=int, metavar="N", help="images per training step (default: 64 and 16)")
     known = parser.parse_args(arguments)
-    from dist_train.dist import Ranks
 
     ranks = Ranks.from_env()
     if ranks.device.type == "cpu":
@@ -56,7 +74,6 @@ def run(arguments: list[str]) -> int:
 
 
 def _measure(name: str, device: torch.device, steps: int, batch: int | None) -> dict[str, Any]:
-    from dist_train.models.msdnet import MSDNet
 
     fields = dict(NETWORKS[name])
     classes, size, usual = (fields.pop(key) for key in ("num_classes", "image_size", "batch"))
@@ -66,16 +83,16 @@ def _measure(name: str, device: torch.device, steps: int, batch: int | None) -> 
     return {"network": name, **training, "stopping": {n: _stopping(network, size, n) for n in (64, 1)}}
 
 
-def _training(network: nn.Module, size: int, batch: int, device: torch.device, steps: int) -> dict[str, Any]:
+def _training(network: MultiExitNetwork, size: int, batch: int, device: torch.device, steps: int) -> dict[str, Any]:
     """Images per second of a step: plain, with the defaults of a run, and (on a GPU) with train.compile as well."""
-    from dist_train.engine import autocast
-
     images = torch.randn(batch, 3, size, size, device=device)
-    labels = torch.randint(cast(int, network.num_classes), (batch,), device=device)
+    labels = torch.randint(network.num_classes, (batch,), device=device)
     defaults = images.contiguous(memory_format=torch.channels_last)
     settings: dict[str, tuple[Tensor, str, bool]] = {
-        "plain": (images, "fp32", False), "channels_last": (defaults, "fp32", False), "default": (defaults, "bf16", False),
-    }  # fmt: skip
+        "plain": (images, "fp32", False),
+        "channels_last": (defaults, "fp32", False),
+        "default": (defaults, "bf16", False),
+    }
     if device.type == "cuda":
         settings["default, compiled"] = (defaults, "bf16", True)
     variants = {}
@@ -96,16 +113,15 @@ def _training(network: nn.Module, size: int, batch: int, device: torch.device, s
 
 
 def _stepper(
-    network: nn.Module, images: Tensor, labels: Tensor, precision: Callable[[], contextlib.AbstractContextManager[Any]],
+    network: MultiExitNetwork,
+    images: Tensor,
+    labels: Tensor,
+    precision: Callable[[], contextlib.AbstractContextManager[Any]],
     compiled: bool,
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], None]:
     """One training step: forward, the objective, backward, update."""
-    from dist_train.config import LossConfig, OptimConfig
-    from dist_train.loss import ExitDistillation
-    from dist_train.optim import build_optimizer
-
     optimizer = build_optimizer(network, OptimConfig(lr=1e-4))
-    criterion = ExitDistillation.from_config(LossConfig(), cast(int, network.num_exits)).to(images.device)
+    criterion = ExitDistillation.from_config(LossConfig(), network.num_exits).to(images.device)
     forward = torch.compile(network) if compiled else network
 
     def step() -> None:
@@ -118,12 +134,9 @@ def _stepper(
     return step
 
 
-def _stopping(network: nn.Module, size: int, batch: int) -> list[dict[str, float]]:
+def _stopping(network: MultiExitNetwork, size: int, batch: int) -> list[dict[str, float]]:
     """Milliseconds when all images stop at exit 1, 2, ..., beside the share of the multiply-adds that this is."""
-    from dist_train.models.cost import exit_costs
-    from dist_train.prediction import at_exit, predict
-
-    num_exits = cast(int, network.num_exits)
+    num_exits = network.num_exits
     device = next(network.parameters()).device
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     costs = [cost.macs for cost in exit_costs(network, size, lazy=True)]

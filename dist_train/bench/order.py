@@ -31,7 +31,9 @@ Ids = NDArray[np.int64]
 def run(arguments: list[str]) -> int:
     """``dist-train bench order [--window W] [--samples N --shards S] [--json PATH]``."""
     parser = Parser("dist-train bench order", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--window", type=int, default=16, metavar="W", help="shards shuffled together (data.window)")
+    parser.add_argument(
+        "--window", type=int, default=16, metavar="W", help="shards shuffled together (data.shuffle_shards)"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="default: ImageNet's, and 14 million in 14,000 shards")
     parser.add_argument("--shards", type=int, metavar="S")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
@@ -64,11 +66,16 @@ def measure(samples: int, shards: int, window: int) -> dict[str, Any]:
     shard = np.repeat(np.arange(shards), sizes)
     full = epoch_order(sizes, 0, 0, shards)
     return {
-        "samples": samples, "shards": shards, "window": window, "seconds": seconds, "peak_megabytes": peak / 1e6,
+        "samples": samples,
+        "shards": shards,
+        "window": window,
+        "seconds": seconds,
+        "peak_megabytes": peak / 1e6,
         "spread": spread(shard[order], sizes) / spread(shard[full], sizes),
-        "shards_per_batch": shards_per_batch(shard[order]), "shards_per_batch_full": shards_per_batch(shard[full]),
+        "shards_per_batch": shards_per_batch(shard[order]),
+        "shards_per_batch_full": shards_per_batch(shard[full]),
         "ranks": [reading(order, shard, ranks) for ranks in RANKS if ranks * MICRO_BATCH <= samples],
-    }  # fmt: skip
+    }
 
 
 def spread(shard_of_place: Ids, sizes: Ids) -> float:
@@ -86,7 +93,7 @@ def shards_per_batch(shard_of_place: Ids) -> float:
 
 
 def reading(order: Ids, shard: Ids, ranks: int) -> dict[str, float]:
-    """What one of so many ranks reads in an epoch, at micro batches of 32 and one pass per update."""
+    """What one of a number of ranks reads in an epoch, at micro batches of 32 and one pass per update."""
     steps = len(order) // (ranks * MICRO_BATCH)
     read = order[: steps * ranks * MICRO_BATCH].reshape(steps, ranks, MICRO_BATCH).transpose(1, 0, 2).reshape(ranks, -1)
     shards = int(shard[-1]) + 1

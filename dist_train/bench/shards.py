@@ -21,6 +21,10 @@ import numpy as np
 
 from dist_train.arguments import Parser
 from dist_train.errors import DataError
+from shards import sources
+from shards.check import check
+from shards.index import Index, Shard
+from shards.make import ShardSize, make
 
 CLASSES = 10
 SHARD_BYTES = 16_000_000
@@ -28,7 +32,7 @@ INDEX_SAMPLES = 14_000_000
 
 
 @dataclass
-class Row:
+class ShardsRow:
     """One way, median over interleaved rounds."""
 
     way: str
@@ -67,7 +71,7 @@ def bench_shards(
     rounds: int = 3,
     folder: Path | None = None,
     json_path: Path | None = None,
-) -> list[Row]:
+) -> list[ShardsRow]:
     """Measure all ways in turn, round by round, print a table, and write the rows to a JSON file.
 
     Raises:
@@ -88,7 +92,7 @@ def bench_shards(
     rows = []
     for way, measured in taken.items():
         wall, cpu = statistics.median(wall for wall, _ in measured), statistics.median(cpu for _, cpu in measured)
-        rows.append(Row(way, wall, cpu, count / wall, count / cpu, total / cpu / 1e6))
+        rows.append(ShardsRow(way, wall, cpu, count / wall, count / cpu, total / cpu / 1e6))
     title = (
         f"{count} JPEGs, {total / count / 1e3:.0f} kB each, {cores} cores, {platform.processor() or platform.machine()}"
     )
@@ -96,16 +100,19 @@ def bench_shards(
     _print(title, rows, ratios)
     print(f"an index of {INDEX_SAMPLES} samples is loaded and checked in {index_seconds:.2f} s")
     if json_path is not None:
-        document = {"title": title, "rounds": rounds, "rows": [asdict(row) for row in rows], "ratios": ratios,
-                    "index_samples": INDEX_SAMPLES, "index_seconds": index_seconds}  # fmt: skip
+        document = {
+            "title": title,
+            "rounds": rounds,
+            "rows": [asdict(row) for row in rows],
+            "ratios": ratios,
+            "index_samples": INDEX_SAMPLES,
+            "index_seconds": index_seconds,
+        }
         json_path.write_text(json.dumps(document, indent=1) + "\n")
     return rows
 
 
 def _ways(root: Path, cores: int) -> dict[str, Callable[[], None]]:
-    from shards import sources
-    from shards.check import check
-    from shards.make import ShardSize, make
 
     def ours(workers: int) -> None:
         make(sources.folder(root / "in"), root / "out", ShardSize(bytes=SHARD_BYTES), workers)
@@ -116,7 +123,7 @@ def _ways(root: Path, cores: int) -> dict[str, Callable[[], None]]:
 
     ways: dict[str, Callable[[], None]] = {
         "tar": lambda: tar("tar -cf out/plain.tar in"),
-        # What of making no tar does, but every shard needs: on the disk for sure, and hashed.
+        # What making does beyond tar: flushed to disk, and hashed.
         "tar, sync, sha256sum": lambda: tar(
             "tar -cf out/plain.tar in && sync out/plain.tar && sha256sum out/plain.tar"
         ),
@@ -131,7 +138,7 @@ def _ways(root: Path, cores: int) -> dict[str, Callable[[], None]]:
     return ways
 
 
-def _ratios(rows: dict[str, Row], cores: int) -> dict[str, float]:
+def _ratios(rows: dict[str, ShardsRow], cores: int) -> dict[str, float]:
     made, checked = rows["make, 1 worker"], rows["check, 1 worker"]
     ratios = {
         **{
@@ -204,16 +211,19 @@ def _photos(images: Path | None) -> list[bytes]:
 
 
 def _index_seconds(folder: Path, samples: int) -> float:
-    """Seconds to load, and check, a made-up index of so many samples of ImageNet's size in shards of 1,000."""
-    from shards.index import Index, Shard
-
+    """Seconds to load and check a synthetic index of so many samples of ImageNet's size in shards of 1,000."""
     numbers = np.arange(samples)
     shard = numbers // 1000
     columns = {
         "key": np.char.add(np.char.zfill(numbers.astype("S8"), 8), b"-n01440764_10026"),
-        "ext": np.full(samples, b"jpg"), "shard": shard, "offset": numbers % 1000 * 112_000, "label": numbers % 1000,
-        "size": np.full(samples, 110_000), "width": np.full(samples, 500), "height": np.full(samples, 375),
-    }  # fmt: skip
+        "ext": np.full(samples, b"jpg"),
+        "shard": shard,
+        "offset": numbers % 1000 * 112_000,
+        "label": numbers % 1000,
+        "size": np.full(samples, 110_000),
+        "width": np.full(samples, 500),
+        "height": np.full(samples, 375),
+    }
     counts = np.bincount(shard).tolist()
     shards = [Shard(f"shard-{number:06d}.tar", 112_000_000, "0" * 64, count) for number, count in enumerate(counts)]
     Index.from_columns([f"n{number:08d}" for number in range(1000)], shards, columns).save(folder)
@@ -247,7 +257,7 @@ def _lay_out(photos: Sequence[bytes], count: int, folder: Path) -> int:
     return total
 
 
-def _print(title: str, rows: Sequence[Row], ratios: dict[str, float]) -> None:
+def _print(title: str, rows: Sequence[ShardsRow], ratios: dict[str, float]) -> None:
     print(f"{title}\n{'':<26}{'images/s':>10}{'images/CPU s':>14}{'MB/CPU s':>10}")
     for row in rows:
         print(

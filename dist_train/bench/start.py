@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
             if found is None:
                 return 2
             runs.append(found)
-    # What the first run reads from the disk, the others find in memory.
+    # The first run reads from disk what the others find in the page cache.
     parts = {name: round(statistics.median(found.get(name, 0.0) for found in runs[1:]), 2) for name in runs[0]}
     print(f"{known.processes} processes, medians of {known.runs} runs")
     print("\n".join(f"{name:<32} {seconds:6.2f} s" for name, seconds in parts.items()))
@@ -46,10 +46,12 @@ def _prepare(folder: Path, processes: int) -> Path:
     shards = folder / "digits"
     subprocess.run([sys.executable, "-m", "shards", "make", "digits", shards], check=True, stdout=subprocess.DEVNULL)
     fields = {
-        "runs": str(folder), "data": {"shards": str(shards), "flip": False},
+        "runs": str(folder),
+        "data": {"shards": str(shards), "flip": False},
         "train": {"global_batch": 16 * processes, "micro_batch": 16, "max_steps": 1},
-        "tracking": {"uri": "off"}, "checkpoint": {"every_epochs": None},
-    }  # fmt: skip
+        "tracking": {"uri": "off"},
+        "checkpoint": {"every_epochs": None},
+    }
     config = folder / "start.yaml"
     config.write_text(json.dumps(fields))
     return config

@@ -1,4 +1,4 @@
-"""What our training step costs beside a bare loop: the same network, data, precision and objective, in one run."""
+"""What a training step costs compared with a bare loop: the same network, data, precision and objective."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from dist_train.arguments import Parser
+from dist_train.config_file import load_config
+from dist_train.data.pipeline import GlobalBatch
+from dist_train.distributed.group import Group, Ranks
+from dist_train.distributed.watchdog import Watchdog
+from dist_train.loss.objective import ExitDistillation
+from dist_train.models import build_model
+from dist_train.precision import autocast
+from dist_train.training.health import StopRequests
+from dist_train.training.optim import build_optimizer
+from dist_train.training.preflight import preflight
+from dist_train.training.trainer import Trainer
+from launch.local import start
 
 BLOCKS = 7
 """Timed blocks per variant, taken in turn so that a slower moment of the machine meets all of them."""
@@ -37,7 +49,6 @@ def run(arguments: list[str]) -> int:
             subprocess.run(
                 [sys.executable, "-m", "shards", "make", "digits", shards], check=True, stdout=subprocess.DEVNULL
             )
-            from launch.local import start
 
             code = start(
                 processes,
@@ -58,43 +69,39 @@ def run(arguments: list[str]) -> int:
 
 def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) -> None:
     """One rank of the measurement; rank 0 writes ``result.json`` into the folder."""
-    from dist_train.config_file import load_config
-    from dist_train.dist import Group, Ranks
-    from dist_train.health import StopRequests
-    from dist_train.preflight import preflight
-    from dist_train.trainer import Trainer
-    from dist_train.watch import Watch
-
     ranks = Ranks.from_env()
     if ranks.device.type == "cpu":
         torch.set_num_threads(ranks.threads)
     config_file = folder / "bench.yaml"
     fields = {
-        "name": "bench", "runs": str(folder), "data": {"shards": str(folder / "digits"), "flip": False, "last_batch": "wrap"},
+        "name": "bench",
+        "runs": str(folder),
+        "data": {"shards": str(folder / "digits"), "flip": False, "last_batch": "wrap"},
         "train": {"global_batch": micro_batch * ranks.world_size, "micro_batch": micro_batch},
-        "tracking": {"uri": "off"}, "checkpoint": {"every_epochs": None},
-    }  # fmt: skip
+        "tracking": {"uri": "off"},
+        "checkpoint": {"every_epochs": None},
+    }
     if ranks.rank == 0:
         config_file.write_text(json.dumps(fields))
     group = Group(ranks, 5)
-    group.agree(True)
+    group.any_rank(True)
     config = load_config(config_file, *overrides)
     torch.manual_seed(0)
     ready = preflight(config, ranks)
     with StopRequests() as requests:
-        watch = Watch(config.faults, folder, ranks.rank, ranks.world_size)
+        watch = Watchdog(config.faults, folder, ranks.rank, ranks.world_size)
         trainer = Trainer(config, ready, group, requests, watch)
         bare = _BareLoop(config, len(ready.train.classes), group)
         feed = _Feed(trainer, steps)
         variants: dict[str, Callable[[], None]] = {
             "bare loop": lambda: bare.steps(feed.micro, steps),
-            "ours, data in memory": lambda: feed.run(memory=True),
-            "ours, data from shards": lambda: feed.run(memory=False),
+            "dist_train, data in memory": lambda: feed.run(memory=True),
+            "dist_train, data from shards": lambda: feed.run(memory=False),
         }
         times: dict[str, list[float]] = {name: [] for name in variants}
         for block in range(BLOCKS + 1):
             for name, variant in variants.items():
-                group.agree(True)
+                group.any_rank(True)
                 start = time.perf_counter()
                 variant()
                 if ranks.device.type == "cuda":
@@ -106,11 +113,15 @@ def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) ->
         images = config.train.global_batch
         medians = {name: statistics.median(values) for name, values in times.items()}
         result = {
-            "device": ranks.device.type, "processes": ranks.world_size, "micro_batch": micro_batch, "zero": config.train.zero,
-            "precision": config.train.precision, "images_per_second": {n: images / m for n, m in medians.items()},
-            "ratio_memory_to_bare": medians["bare loop"] / medians["ours, data in memory"],
-            "ratio_shards_to_memory": medians["ours, data in memory"] / medians["ours, data from shards"],
-        }  # fmt: skip
+            "device": ranks.device.type,
+            "processes": ranks.world_size,
+            "micro_batch": micro_batch,
+            "zero": config.train.zero_stage,
+            "precision": config.train.precision,
+            "images_per_second": {n: images / m for n, m in medians.items()},
+            "ratio_memory_to_bare": medians["bare loop"] / medians["dist_train, data in memory"],
+            "ratio_shards_to_memory": medians["dist_train, data in memory"] / medians["dist_train, data from shards"],
+        }
         (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -120,15 +131,10 @@ class _BareLoop:
     def __init__(self, config: Any, num_classes: int, group: Any) -> None:
         from torch.nn.parallel import DistributedDataParallel
 
-        from dist_train.engine import autocast
-        from dist_train.loss import ExitDistillation
-        from dist_train.models import build_model
-        from dist_train.optim import build_optimizer
-
         network = build_model(config.model, num_classes, config.data.image_size).to(group.device)
         self.optimizer = build_optimizer(network, config.optim)
         self.network: torch.nn.Module = DistributedDataParallel(network) if group.ranks.world_size > 1 else network
-        self.criterion = ExitDistillation(config.loss, cast(int, network.num_exits)).to(group.device)
+        self.criterion = ExitDistillation(config.loss, network.num_exits).to(group.device)
         self.autocast: Callable[[], AbstractContextManager[Any]] = lambda: autocast(
             config.train.precision, group.device
         )
@@ -146,38 +152,26 @@ class _BareLoop:
 class _Feed:
     """Hands the trainer a fixed number of global batches: always the same tensors, or what its own loader reads."""
 
-    def __init__(self, trainer: Any, steps: int) -> None:
-        from dist_train.progress import Display
-
+    def __init__(self, trainer: Trainer, steps: int) -> None:
         self.trainer = trainer
         self.steps = steps
-        self.loader = trainer.loader
-        self.bad = self.loader.bad
-        self.stream = self._forever()
-        self.micro = next(iter(next(self.stream)))
-        trainer.display = Display(0, rank=1)
-        trainer.loader = self
+        self.batches = self._forever()
+        self.micro = next(iter(next(self.batches)))
+        trainer.engine.train_mode()
 
     def run(self, memory: bool) -> None:
-        self.memory = memory
-        self.trainer._train_epoch()
-
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Any]:
-        from dist_train.data.pipeline import GlobalBatch
-
+        size = self.trainer.config.train.global_batch
         for number in range(self.steps):
-            size = self.trainer.config.train.global_batch
-            yield GlobalBatch(number, size, iter([self.micro])) if self.memory else next(self.stream)
+            self.trainer.step(GlobalBatch(number, size, iter([self.micro])) if memory else next(self.batches))
 
     def close(self) -> None:
-        self.stream.close()
-        self.loader.close()
-        self.trainer.evaluator.loader.close()
+        self.batches.close()
+        self.trainer.close("FINISHED")
 
-    def _forever(self) -> Any:
+    def _forever(self) -> Generator[GlobalBatch, None, None]:
         epoch = 0
         while True:
-            yield from self.loader.epoch(epoch)
+            yield from self.trainer.loader.epoch(epoch)
             epoch += 1
 
 
@@ -187,8 +181,8 @@ def _text(result: dict[str, Any]) -> str:
         f"ZeRO {result['zero']}"
     )
     lines = [title] + [f"  {name:<24} {speed:8.1f} images/s" for name, speed in result["images_per_second"].items()]
-    lines.append(f"  ours, in memory / bare loop      {result['ratio_memory_to_bare']:.3f}")
-    lines.append(f"  ours, from shards / in memory    {result['ratio_shards_to_memory']:.3f}")
+    lines.append(f"  in memory / bare loop            {result['ratio_memory_to_bare']:.3f}")
+    lines.append(f"  from shards / in memory          {result['ratio_shards_to_memory']:.3f}")
     return "\n".join(lines)
 
 

@@ -1,1 +1,1 @@
-"""Runs side by side: ``dist-train compare`` and the end of ``dist-train study``."""
+"""Comparison of runs: ``dist-train compare`` and the end of ``dist-train study``."""

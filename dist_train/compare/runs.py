@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from dist_train.config_file import describe_fields, flatten, plain
 from dist_train.errors import DataError
-from dist_train.metrics import read_metrics
+from dist_train.tracking.metrics import read_metrics
+from dist_train.tracking.mlflow import open_store
+from dist_train.tracking.outcomes import unpack
 
 COMPARISON_TAG = "dist_train.comparison"
-"""Marks an MLflow run that is a comparison, and no training."""
+"""Tag of an MLflow run that is a comparison, not a training."""
 
 DATA_TAGS = ("classes", "train_images", "train_data", "val_data")
 """What identifies a run's data: written to env.json, and to MLflow as tags."""
@@ -48,6 +53,20 @@ class RunData:
         """The report's exits, empty before the run's end."""
         return list(self.report.get("exits", [])) if self.report else []
 
+    @cached_property
+    def outcomes(self) -> NDArray[np.uint8] | None:
+        """What every exit made of every image, [N, M], see :mod:`dist_train.tracking.outcomes`; None where the report has none.
+
+        Raises:
+            DataError: they are damaged.
+        """
+        if not self.report or "outcomes" not in self.report:
+            return None
+        try:
+            return unpack(self.report["outcomes"])
+        except DataError as error:
+            raise DataError(f"{self.source}: its report.json has damaged {error}") from None
+
     @property
     def evaluated_on(self) -> str | None:
         """Which images its report is about, or will be about, as far as the run says."""
@@ -61,6 +80,7 @@ class RunData:
         """Training time from the logged speeds, so that pauses between a stop and its resume do not count."""
         speeds, seconds, before = self.series.get("speed/images_per_second", []), 0.0, 0
         batch = float(self.fields.get("train.global_batch", 0))
+        # Each speed holds for the steps since the line before it.
         for step, speed in speeds:
             seconds += (step - before) * batch / speed if speed > 0 else 0.0
             before = step
@@ -98,38 +118,15 @@ def read_folder(folder: str | Path) -> RunData:
     data = (_json(folder / "env.json") or {}).get("data", {})
     fields = _defaults() | {key: plain(value) for key, value in flatten(tree).items()}
     return RunData(
-        name=fields["name"], source=str(folder), fields=fields, report=_json(folder / "report.json"),
+        name=fields["name"],
+        source=str(folder),
+        fields=fields,
+        report=_json(folder / "report.json"),
         series={metric: _one_per_step(points) for metric, points in series.items()},
         data={key: str(data[key]) for key in DATA_TAGS if key in data},
-        store=tracking.get("uri"), run_id=tracking.get("run_id"),
-    )  # fmt: skip
-
-
-def open_store(uri: str) -> Any:
-    """An MLflow client of a tracking store; raises DataError, one line, for one that is not there or of an older schema."""
-    import logging
-    import os
-
-    path = uri.removeprefix("sqlite:///")
-    if path != uri and not Path(path).exists():
-        raise DataError(f"{uri}: there is no such file; give --uri, for instance sqlite:///runs/mlflow.db")
-    quiet = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-    # MLflow's own retries block for minutes where a server is not there.
-    bounds = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    for name, value in (quiet | bounds).items():
-        os.environ.setdefault(name, value)
-    from mlflow.tracking import MlflowClient
-
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-    except Exception as error:  # MLflow raises its own, SQLAlchemy's, alembic's and urllib3's
-        text = " ".join(str(error).split())
-        remedy = "copy the file, then run: mlflow db upgrade " + uri if "schema" in text else "is it running?"
-        raise DataError(f"{uri}: MLflow's store cannot be opened ({text[:160]}); {remedy}") from None
-    return client
+        store=tracking.get("uri"),
+        run_id=tracking.get("run_id"),
+    )
 
 
 def read_store(uri: str, experiment: str, query: str) -> list[RunData]:
@@ -153,6 +150,7 @@ def read_store(uri: str, experiment: str, query: str) -> list[RunData]:
         except Exception as error:
             text = " ".join(str(error).split())[:160]
             raise DataError(f"--filter {query!r}: {text}; write for instance params.loss.teachers = 'later'") from None
+        # Comparisons live in the same experiment as the runs they compare.
         runs += [run for run in page if COMPARISON_TAG not in run.data.tags]
         token = page.token
         if not token:
@@ -161,6 +159,7 @@ def read_store(uri: str, experiment: str, query: str) -> list[RunData]:
         names = ", ".join(one.name for one in client.search_experiments())
         what = f"no run matches {query!r}" if query else "there is no run"
         raise DataError(f"{uri}: {what} in the experiment '{experiment}'; the experiments here: {names}")
+    # A history is a request per metric, and most of the time is spent waiting for the server.
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(lambda run: _from_store(client, uri, run), runs))
 
@@ -174,14 +173,20 @@ def _from_store(client: Any, uri: str, run: Any) -> RunData:
     fields = _defaults() | dict(run.data.params)
     tags = run.data.tags
     return RunData(
-        name=run.info.run_name, source=f"MLflow run {run.info.run_id}", fields=fields,
-        report=_artifact(client, run, "report.json"), series=series,
-        data={key: tags[key] for key in DATA_TAGS if key in tags}, store=uri, run_id=run.info.run_id,
-    )  # fmt: skip
+        name=run.info.run_name,
+        source=f"MLflow run {run.info.run_id}",
+        fields=fields,
+        report=_artifact(client, run, "report.json"),
+        series=series,
+        data={key: tags[key] for key in DATA_TAGS if key in tags},
+        store=uri,
+        run_id=run.info.run_id,
+    )
 
 
 def _artifact(client: Any, run: Any, name: str) -> dict[str, Any] | None:
     place = urlparse(run.info.artifact_uri)
+    # Artifacts on this machine are read directly: a download would copy them.
     if place.scheme in ("", "file"):
         return _json(Path(place.path) / name)
     if name not in [entry.path for entry in client.list_artifacts(run.info.run_id)]:
@@ -193,12 +198,12 @@ def _artifact(client: Any, run: Any, name: str) -> dict[str, Any] | None:
 
 
 def _one_per_step(points: Series) -> Series:
-    """What was logged last for every step: a resumed run logs again what came after its checkpoint."""
+    """The last value logged for every step: a resumed run logs the steps after its checkpoint again."""
     return sorted(dict(points).items())
 
 
 def _defaults() -> dict[str, str]:
-    """Fields that a run of an older version has not written have the value that they had then, the default."""
+    """Fields that did not exist when a run was written get their default, which is how the run behaved."""
     return {key: default for key, default, _ in describe_fields() if default != "required"}
 
 

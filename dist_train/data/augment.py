@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.config import DataConfig
-from dist_train.data.counter import Purpose, integers, uniform
+from dist_train.data.rng import Purpose, integers, uniform
 
 Ids = NDArray[np.int64]
 Sizes = NDArray[np.int64]
@@ -136,12 +136,12 @@ def parameters(
     mode = data.augment if train else "none"
     columns: dict[str, NDArray[np.int32] | NDArray[np.float32]] = {}
     if mode == "resized_crop":
-        columns["anchor"], columns["shape"] = resized_crops(seed, epoch, ids, sizes, data.scale, data.ratio)
+        columns["anchor"], columns["shape"] = resized_crops(seed, epoch, ids, sizes, data.crop_scale, data.crop_ratio)
     else:
         resized = shorter_side(sizes, (data.eval_resize or data.image_size) if mode == "none" else data.image_size)
         anchor = centre(resized - data.image_size)
         if mode == "pad_crop":
-            anchor = anchor + shifts(seed, epoch, ids, data.pad)
+            anchor = anchor + shifts(seed, epoch, ids, data.crop_padding)
         columns["size"], columns["anchor"] = resized.astype(np.float32), anchor.astype(np.int32)
     if mode == "none":
         return columns
@@ -151,7 +151,7 @@ def parameters(
         columns["operations"], columns["signs"] = operations(seed, epoch, ids, data.rand_augment[0])
     if data.color_jitter:
         columns["color"] = colors(seed, epoch, ids, data.color_jitter)
-    if data.erase:
-        erased = erasures(seed, epoch, ids, data.image_size, data.erase)
+    if data.random_erasing:
+        erased = erasures(seed, epoch, ids, data.image_size, data.random_erasing)
         columns["erased_anchor"], columns["erased_shape"] = erased
     return columns

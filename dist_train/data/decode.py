@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,9 +12,14 @@ import torch.utils.dlpack
 
 from dist_train.config import DataConfig
 from dist_train.data.augment import RAND_AUGMENT_OPERATIONS
+from dist_train.errors import DeviceError
 
 Columns = Mapping[str, Any]
 """``raw``, a list of uint8 arrays (one encoded image each), and the arrays of :func:`dist_train.data.augment.parameters`."""
+
+
+MACHINE_FAULT = re.compile(r"cuda|nvjpeg|nvml|driver|memory|bad_alloc", re.IGNORECASE)
+"""What DALI's errors speak of when they are not about an image."""
 
 
 class Decoder:
@@ -23,7 +29,7 @@ class Decoder:
         data: input size, mean and standard deviation.
         steps: the columns that every micro batch has besides ``raw``; they decide what is done, see ``parameters``.
         batch: largest micro batch.
-        device: where the tensors are wanted; on a GPU the images are decoded there.
+        device: where the tensors are wanted; on a GPU the images are decoded there, unless ``data.decoder`` is ``cpu``.
         threads: decoding threads.
         depth: micro batches made ahead.
     """
@@ -35,6 +41,8 @@ class Decoder:
         self._names = ("raw", *steps)
         self._options = {"batch_size": batch, "num_threads": threads, "prefetch_queue_depth": depth}
         self._device = device
+        self.on_gpu = device.type == "cuda" and data.decoder != "cpu"
+        """Whether the GPU decodes."""
         self._source: Iterator[Columns] = iter(())
         self._pipeline: Any = None
 
@@ -42,6 +50,9 @@ class Decoder:
         """Yield float32 [N, 3, S, S] in channels_last for every micro batch, in order, up to ``depth`` ahead.
 
         A micro batch in which an image cannot be decoded yields the error instead, and the others are not touched by it.
+
+        Raises:
+            DeviceError: DALI's error is about the machine: its driver, its memory.
         """
         self._source = iter(batches)
         if self._pipeline is None:
@@ -56,6 +67,8 @@ class Decoder:
             except StopIteration:
                 break
             except RuntimeError as error:
+                if MACHINE_FAULT.search(words_of(error)):
+                    raise DeviceError(machine_fault(error)) from None
                 result = error
             pipeline.release_outputs()
             pipeline.schedule_run()
@@ -75,7 +88,8 @@ class Decoder:
         columns = next(self._source)
         return tuple(columns[name] for name in self._names)
 
-    def _build(self) -> Any:
+    def define(self) -> Any:
+        """The pipeline, which knows its graph and has no memory and no threads yet."""
         # Recorded, because DALI's notices of its own deprecated operators get past a filter.
         with warnings.catch_warnings(record=True):
             from nvidia.dali import pipeline_def
@@ -83,8 +97,17 @@ class Decoder:
             on_gpu = self._device.type == "cuda"
             # Where no operation is chosen per image the graph is defined plainly, which is quicker.
             define = pipeline_def(enable_conditionals="operations" in self._names)(self._graph)
-            pipeline = define(device_id=self._device.index or 0 if on_gpu else None, **self._options)
-            pipeline.build()
+            return define(device_id=self._device.index or 0 if on_gpu else None, **self._options)
+
+    def _build(self) -> Any:
+        pipeline = self.define()
+        try:
+            with warnings.catch_warnings(record=True):
+                pipeline.build()
+        except RuntimeError as error:
+            if self._device.type == "cuda":
+                raise DeviceError(machine_fault(error)) from None
+            raise
         return pipeline
 
     def _graph(self) -> Any:
@@ -107,14 +130,18 @@ class Decoder:
             color = inputs["color"]
             images = fn.color_twist(images, brightness=color[0], contrast=color[1], saturation=color[2], hue=color[3])
         images = fn.crop_mirror_normalize(
-            images, dtype=types.FLOAT, output_layout="HWC", mirror=inputs.get("mirror", 0),
-            mean=[255 * value for value in self._data.mean], std=[255 * value for value in self._data.std],
-        )  # fmt: skip
+            images,
+            dtype=types.FLOAT,
+            output_layout="HWC",
+            mirror=inputs.get("mirror", 0),
+            mean=[255 * value for value in self._data.mean],
+            std=[255 * value for value in self._data.std],
+        )
         if "anchor" in inputs and "shape" not in inputs:
             # After the normalisation, so that what lies outside of the image is the mean colour exactly.
-            images = fn.slice(
-                images, inputs["anchor"], (size, size), out_of_bounds_policy="pad", fill_values=0, axis_names="HW"
-            )
+            # The shape by name: as a positional constant it would be put on the GPU, and be waited for in every batch.
+            window = {"start": inputs["anchor"], "shape": (size, size), "axis_names": "HW"}
+            images = fn.slice(images, out_of_bounds_policy="pad", fill_values=0, **window)
         if "erased_shape" in inputs:
             place = {"anchor": inputs["erased_anchor"], "shape": inputs["erased_shape"]}
             images = fn.erase(images, axis_names="HW", fill_value=0, **place)
@@ -123,10 +150,9 @@ class Decoder:
     def _decoded(self, inputs: dict[str, Any]) -> Any:
         fn, types = _operators()
         size = self._data.image_size
-        on_gpu = self._device.type == "cuda"
         # Orientation tags are not applied, as PIL and torchvision do not: the sizes in the index are those as stored.
-        options = {"output_type": types.RGB, "adjust_orientation": False, "device": "mixed" if on_gpu else "cpu"}
-        if on_gpu:
+        options = {"output_type": types.RGB, "adjust_orientation": False, "device": "mixed" if self.on_gpu else "cpu"}
+        if self.on_gpu:
             width, height = self._data.preallocate
             options["hw_decoder_load"] = self._data.hw_decoder_load
             options |= {"preallocate_width_hint": width, "preallocate_height_hint": height}
@@ -135,16 +161,35 @@ class Decoder:
         window = {"axis_names": "HW"}
         if "shape" not in inputs:
             images = fn.decoders.image(inputs["raw"], **options)
-        elif on_gpu:
+        elif self.on_gpu:
             # Decoding only the window fails or crashes on some GPUs (nvImageCodec issue 55), so it is cut afterwards.
             images = fn.slice(fn.decoders.image(inputs["raw"], **options), inputs["anchor"], inputs["shape"], **window)
         else:
             images = fn.decoders.image_slice(inputs["raw"], inputs["anchor"], inputs["shape"], **window, **options)
+        if self._device.type == "cuda" and not self.on_gpu:
+            images = images.gpu()
         if "shape" in inputs:
             images = fn.resize(images, size=(size, size))
         elif "size" in inputs:
-            images = fn.resize(images, size=inputs["size"])
+            images = self._resized(images, inputs)
         return images
+
+    def _resized(self, images: Any, inputs: dict[str, Any]) -> Any:
+        """Resize the middle of the images, of which the input's window is cut; its anchor becomes one in that middle.
+
+        An image of 20,000 x 1 pixels, resized as a whole, would take gigabytes.  What is left out at both ends is the
+        same, so that the middle of a mirrored image is the mirrored middle.
+        """
+        from nvidia.dali import math
+
+        fn, types = _operators()
+        size, target = inputs["size"], self._data.image_size
+        # As far as a shifted window, or what RandAugment turns and moves into it, can reach.
+        reach = target if "operations" in inputs else self._data.crop_padding + 1
+        margin = math.floor(math.max((size - target) / 2 - reach, 0.0))
+        inputs["anchor"] = inputs["anchor"] - fn.cast(margin, dtype=types.INT32)
+        start = margin / size
+        return fn.resize(images, size=size - 2 * margin, roi_start=start, roi_end=1 - start, roi_relative=True)
 
     def _rand_augment(self, images: Any, operations: Any, signs: Any) -> Any:
         from nvidia.dali.auto_aug.core import signed_bin
@@ -159,6 +204,21 @@ class Decoder:
         for place in range(count):
             images = _choose(suite, operations[place], images, bins[place])
         return images
+
+
+def words_of(error: RuntimeError) -> str:
+    """What went wrong in DALI's words, in one line without the places in our files that it quotes."""
+    text = str(error).rpartition("encountered:")[2].partition("Stacktrace")[0]
+    text = re.sub(r"Current pipeline object is no longer valid\.|C\+\+ context: \[[^]]*\]", "", text)
+    return " ".join(text.split())[:500]
+
+
+def machine_fault(error: RuntimeError) -> str:
+    """The text of the error with which a run ends when the machine cannot decode."""
+    return (
+        f"DALI cannot decode here, and the images are not to blame: {words_of(error)}; look at the driver and at the memory "
+        "(`dist-train doctor`), lower train.micro_batch or data.decode_threads, or decode on the CPU with data.decoder: cpu"
+    )
 
 
 def _operators() -> tuple[Any, Any]:

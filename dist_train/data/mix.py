@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_train.config import DataConfig
-from dist_train.data.counter import Purpose, integers, uniform
+from dist_train.data.rng import Purpose, integers, uniform
 from dist_train.loss import LabelMix
 
 

@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.config import DataConfig
-from dist_train.data.counter import Purpose, random_bits
+from dist_train.data.rng import Purpose, random_bits
 from dist_train.errors import ConfigError
 from shards.index import UNLABELED
 
 Ids = NDArray[np.int64]
 _Array = TypeVar("_Array", bound=NDArray[Any])
+
+EXTRA_PASSES = 1 << 40
+"""Number of the first pass that a fraction in a weight is taken from; far beyond the whole passes, whose order is another."""
 
 
 def epoch_order(shard_sizes: Ids, seed: int, epoch: int, window: int) -> Ids:
@@ -85,24 +88,40 @@ def replacements(order: Ids, position: int, labeled: NDArray[np.bool_]) -> Itera
 
 @dataclass(frozen=True)
 class _Part:
-    """Samples that are drawn together: their ids, rising, how many each shard has, and how many a global batch takes."""
+    """Samples that are drawn together: their ids, rising, how many each shard has, how many a global batch takes, and
+    how often each comes per epoch.
+    """
 
     ids: Ids
     shard_sizes: Ids
     per_batch: int
+    weight: float = 1.0
+
+    @property
+    def extra(self) -> int:
+        """Images per epoch that come once more than the others, for the fraction in the weight."""
+        return round(self.weight % 1 * len(self.ids))
+
+    @property
+    def size(self) -> int:
+        """Images per epoch."""
+        return int(self.weight) * len(self.ids) + self.extra
 
 
 class Order:
     """The epochs of a training split, as the configuration wants them sampled.
 
-    With ``labeled_share`` every global batch has the same number of labeled images, evenly spread in it, and an epoch is one
+    With ``labeled_fraction`` every global batch has the same number of labeled images, evenly spread in it, and an epoch is one
     pass over the part (labeled or unlabeled) that lasts longer; the other part starts over as often as needed and goes on
     from epoch to epoch where it was, so that its images come equally often up to one.
 
     With ``class_balanced`` a pass over the labeled images draws every class equally often, up to one, and every image of a
     class equally often, up to one.
 
-    With ``repeats`` R a global batch has B/R images in R views each, and R epochs in a row make one pass.
+    With ``repeated_augment`` R a global batch has B/R images in R views each, and R epochs in a row make one pass.
+
+    In a mixture the images of each weight are spread evenly over the epoch.  With a weight of 2.5 each of them comes twice,
+    and half of them once more: any two epochs from an even one on have all of them.
 
     Args:
         shard_sizes: samples per shard, int64 [S].
@@ -110,73 +129,89 @@ class Order:
         data: the sampling options.
         seed: of the shuffling.
         global_batch: samples per update, B.
+        weight: in a mixture, how often every sample comes per epoch, float64 [N].
 
     Raises:
         ConfigError: options that this split or this global batch does not allow.
     """
 
     def __init__(
-        self, shard_sizes: Ids, label: NDArray[np.int64], data: DataConfig, seed: int, global_batch: int
+        self,
+        shard_sizes: Ids,
+        label: NDArray[np.int64],
+        data: DataConfig,
+        seed: int,
+        global_batch: int,
+        *,
+        weight: NDArray[np.float64] | None = None,
     ) -> None:
         self._data, self._seed, self._label = data, seed, label
         self._samples, self._global_batch = len(label), global_batch
-        if global_batch % data.repeats:
-            below = global_batch // data.repeats * data.repeats
-            nearest = " or ".join(str(size) for size in (below, below + data.repeats) if size)
+        if global_batch % data.repeated_augment:
+            below = global_batch // data.repeated_augment * data.repeated_augment
+            nearest = " or ".join(str(size) for size in (below, below + data.repeated_augment) if size)
             raise ConfigError(
-                f"train.global_batch is {global_batch}, which does not divide by data.repeats, {data.repeats}; use {nearest}"
+                f"train.global_batch is {global_batch}, which does not divide by data.repeated_augment, {data.repeated_augment}; use {nearest}"
             )
-        images = global_batch // data.repeats
+        images = global_batch // data.repeated_augment
         sizes = self._per_batch(images)
         self._parts = [_Part(np.arange(len(label), dtype=np.int64), shard_sizes, images)]
-        if data.class_balanced or data.labeled_share is not None:
+        if data.class_balanced or data.labeled_fraction is not None:
             shard = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
             split = [np.flatnonzero(label != UNLABELED), np.flatnonzero(label == UNLABELED)]
             self._parts = [
                 _Part(ids, np.bincount(shard[ids], minlength=len(shard_sizes)), size) for ids, size in zip(split, sizes)
             ]
+        if weight is not None and (weight != 1).any():
+            self._parts = self._weighted_parts(np.repeat(np.arange(len(shard_sizes)), shard_sizes), weight)
         # The part that lasts longest is what an epoch is a pass over.
-        lengths = [len(part.ids) // data.repeats / part.per_batch for part in self._parts if part.per_batch]
+        lengths = [len(part.ids) // data.repeated_augment / part.per_batch for part in self._parts if part.per_batch]
         self._main = lengths.index(max(lengths))
-        mixed = data.labeled_share is not None
-        self.pass_size = len(self._parts[self._main].ids) if mixed else self._samples
+        mixed = data.labeled_fraction is not None
+        self.pass_size = len(self._parts[self._main].ids) if mixed else sum(part.size for part in self._parts)
         self.per_batch = self._parts[self._main].per_batch if mixed else images
-        self.steps_per_epoch = steps_per_epoch(self.pass_size // data.repeats, self.per_batch, data.last_batch)
+        self.steps_per_epoch = steps_per_epoch(self.pass_size // data.repeated_augment, self.per_batch, data.last_batch)
 
     def epoch(self, epoch: int) -> Ids:
         """The views of an epoch in their order, int64; what its global batches do not reach serves as replacements."""
-        cycle, turn = divmod(epoch, self._data.repeats)
-        turn_size = self.pass_size // self._data.repeats
-        if self._data.labeled_share is None:
-            ids = interleave([self._pass(part, cycle) for part in self._parts])
-            if self._data.repeats > 1:
+        cycle, turn = divmod(epoch, self._data.repeated_augment)
+        turn_size = self.pass_size // self._data.repeated_augment
+        if self._data.labeled_fraction is None:
+            ids = interleave([sequence for part in self._parts for sequence in self._weighted(part, cycle)])
+            if self._data.repeated_augment > 1:
                 ids = ids[turn * turn_size : (turn + 1) * turn_size]
         else:
             main = self._parts[self._main]
             whole = self._pass(main, cycle)[turn * turn_size : (turn + 1) * turn_size]
             once = np.resize(whole, self.steps_per_epoch * main.per_batch)
-            ids = interleave([once if part is main else self._stretch(part, epoch) for part in self._parts])
-        if self._data.repeats > 1:
-            ids = _repeat(ids, self._global_batch // self._data.repeats, self._data.repeats)
-        plain = len(self._parts) == 1 and self._data.repeats == 1
+            batches = self.steps_per_epoch
+            ids = interleave(
+                [once if part is main else self._stretch(part, epoch, batches * part.per_batch) for part in self._parts]
+            )
+        if self._data.repeated_augment > 1:
+            ids = _repeat(ids, self._global_batch // self._data.repeated_augment, self._data.repeated_augment)
+        plain = len(self._parts) == 1 and self._parts[0].weight <= 1 and self._data.repeated_augment == 1
         return ids if plain else _views(ids, self._samples)
 
     def summary(self) -> str | None:
         """What an epoch is, in words, where that is not simply every image once."""
         data, taken = self._data, self.steps_per_epoch * self.per_batch
         notes = []
-        if data.labeled_share is not None:
+        if data.labeled_fraction is not None:
             labeled, unlabeled = self._parts
             kind = "labeled" if self._main == 0 else "unlabeled"
             notes.append(
                 f"global batch = {labeled.per_batch} labeled + {unlabeled.per_batch} unlabeled images; an epoch is one pass "
                 f"over the {len(self._parts[self._main].ids)} {kind} ones"
             )
-        if data.repeats > 1:
+        if data.repeated_augment > 1:
             notes.append(
-                f"every image of a global batch comes {data.repeats} times; {data.repeats} epochs make one pass"
+                f"every image of a global batch comes {data.repeated_augment} times; {data.repeated_augment} epochs make one pass"
             )
-        left = self.pass_size // data.repeats - taken
+        if any(part.weight != 1 for part in self._parts):
+            shares = ", ".join(f"{len(part.ids)} images {part.weight:g} times" for part in self._parts)
+            notes.append(f"an epoch has {shares}: {self.pass_size} in all")
+        left = self.pass_size // data.repeated_augment - taken
         if left:
             what = f"{left} images are left out" if left > 0 else f"{-left} images come twice"
             notes.append(f"in every epoch {what} (data.last_batch: {data.last_batch})")
@@ -184,40 +219,61 @@ class Order:
 
     def _per_batch(self, images: int) -> tuple[int, int]:
         """Labeled and unlabeled images in a global batch of so many; without a fixed share all of it for either."""
-        share = self._data.labeled_share
+        share = self._data.labeled_fraction
         known = int(np.count_nonzero(self._label != UNLABELED))
         if self._data.class_balanced and not known:
             raise ConfigError(
-                f"data.class_balanced is true, but {self._data.train} has no labeled images; leave it out"
+                f"data.class_balanced is true, but {self._data.train_name} has no labeled images; leave it out"
             )
         if share is None:
             return images, images
         missing = "labeled" if not known else "unlabeled"
         if known in (0, self._samples):
             raise ConfigError(
-                f"data.labeled_share is {share:g}, but {self._data.train} has no {missing} images; leave it out, or make the "
+                f"data.labeled_fraction is {share:g}, but {self._data.train_name} has no {missing} images; leave it out, or make the "
                 "shards with --labels-per-class"
             )
         labeled = round(share * images)
         if not 0 < labeled < images:
             raise ConfigError(
-                f"data.labeled_share is {share:g}, which of {images} images in a global batch is {labeled}; allowed are "
+                f"data.labeled_fraction is {share:g}, which of {images} images in a global batch is {labeled}; allowed are "
                 f"{1 / images:.3g} to {1 - 1 / images:.3g}"
             )
         return labeled, images - labeled
 
-    def _stretch(self, part: _Part, epoch: int) -> Ids:
-        """What an epoch takes of a part that is passed over again and again."""
-        length = self.steps_per_epoch * part.per_batch
+    def _weighted_parts(self, shard: NDArray[np.int64], weight: NDArray[np.float64]) -> list[_Part]:
+        """One part per weight of a mixture."""
+        data = self._data
+        if data.class_balanced or data.labeled_fraction is not None or data.repeated_augment > 1:
+            raise ConfigError(
+                "data.train has weights, with which class_balanced, labeled_fraction and repeated_augment do not go; leave out "
+                "one or the other"
+            )
+        parts = []
+        for value in np.unique(weight):
+            ids = np.flatnonzero(weight == value)
+            # The shards of other parts would count in the window without adding to it.
+            sizes = np.unique(shard[ids], return_counts=True)[1].astype(np.int64)
+            parts.append(_Part(ids, sizes, self._global_batch, float(value)))
+        return parts
+
+    def _weighted(self, part: _Part, epoch: int) -> list[Ids]:
+        """The passes over a part in an epoch, and what of one more pass makes up the fraction in its weight."""
+        times = int(part.weight)
+        whole = [self._pass(part, epoch * times + number) for number in range(times)]
+        return [*whole, self._stretch(part, epoch, part.extra, EXTRA_PASSES)] if part.extra else whole
+
+    def _stretch(self, part: _Part, epoch: int, length: int, first_pass: int = 0) -> Ids:
+        """The ``length`` images that an epoch takes of a part that is passed over again and again."""
         first, size = epoch * length, len(part.ids)
         cycles = range(first // size, -(-(first + length) // size))
-        passes = np.concatenate([self._pass(part, cycle) for cycle in cycles])
+        passes = np.concatenate([self._pass(part, first_pass + cycle) for cycle in cycles])
         return passes[first % size : first % size + length]
 
     def _pass(self, part: _Part, cycle: int) -> Ids:
         """One pass over a part, int64 [len(part.ids)]: a permutation of it, or drawn by classes."""
         if not self._data.class_balanced or not len(part.ids) or self._label[part.ids[0]] == UNLABELED:
-            return part.ids[epoch_order(part.shard_sizes, self._seed, cycle, self._data.window)]
+            return part.ids[epoch_order(part.shard_sizes, self._seed, cycle, self._data.shuffle_shards)]
         times = _balanced_times(self._label[part.ids], part.ids, self._seed, cycle)
         ends = np.cumsum(part.shard_sizes)
         rounds = []
@@ -225,7 +281,7 @@ class Order:
             chosen = np.flatnonzero(times > number)
             sizes = np.diff(np.searchsorted(chosen, ends), prepend=0)
             # Another shuffling for every round, or the appearances of an image would stand close together.
-            places = epoch_order(sizes, self._seed, cycle + (number << 32), self._data.window)
+            places = epoch_order(sizes, self._seed, cycle + (number << 32), self._data.shuffle_shards)
             rounds.append(part.ids[chosen[places]])
         return interleave(rounds)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,19 +17,17 @@ from numpy.typing import NDArray
 from dist_train.config import Config, DataConfig
 from dist_train.data import order
 from dist_train.data.augment import parameters
-from dist_train.data.decode import Columns, Decoder
+from dist_train.data.decode import Columns, Decoder, machine_fault, words_of
 from dist_train.data.mix import mix
 from dist_train.data.reader import ShardReader
-from dist_train.data.remote import ShardCache
-from dist_train.dist import Group
-from dist_train.errors import DataError
+from dist_train.data.remote import DamagedShardError, ShardCache
+from dist_train.data.unreadable import BadSample, UnreadableImages, fault_of
+from dist_train.distributed.group import Group
+from dist_train.errors import DataError, DeviceError
 from dist_train.loss import LabelMix
 from shards.index import UNLABELED, Index
 
-log = logging.getLogger("dist_train")
-
 NO_ID = -1
-_NAMED_IN_ERROR = 5
 
 
 @dataclass(frozen=True)
@@ -66,18 +62,6 @@ class GlobalBatch:
 
 
 @dataclass(frozen=True)
-class BadSample:
-    """A sample whose image could not be read: its shard's file name, its key, and why."""
-
-    shard: str
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.shard}: {self.key}: {self.reason}"
-
-
-@dataclass(frozen=True)
 class _Fetched:
     """A micro batch before decoding: its places in the epoch's order, its views, and what the decoder takes."""
 
@@ -89,28 +73,43 @@ class _Fetched:
 class Loader:
     """One split for one rank: in training the epochs of :mod:`dist_train.data.order`, in evaluation every sample once.
 
-    ``bad`` holds the samples that this rank could not read, by id.  In training each is replaced by the next readable sample
-    of the epoch's order, which depends on the order and the files alone, so that resumed runs do the same; in evaluation
-    it is masked (label -100, id -1).
+    ``bad`` holds the samples that could not be read.  In training each is replaced by the next readable sample of the epoch's
+    order, which depends on the order and the files alone, so that resumed runs do the same; in evaluation it is masked
+    (label -100, id -1).
 
     Args:
         index: the split.
         folder: where its shards are, a folder or a URL.
-        data: how images are varied and normalised; ``max_bad`` unreadable ones are put up with.
+        data: how images are varied and normalised; ``max_unreadable`` unreadable ones are tolerated.
         train: training (augmented, shuffled) or evaluation.
         seed: of the order and the augmentation.
         global_batch, micro_batch: samples per update over all ranks, and per forward pass of one rank.
         rank, world_size: this process, and how many there are.
         device: where the batches are wanted.
-        threads: decoding threads; ``data.readers`` more read.
+        threads: decoding threads; ``data.io_threads`` more read.
     """
 
     def __init__(
-        self, index: Index, folder: Path | str, data: DataConfig, *, train: bool, seed: int, global_batch: int, micro_batch: int,
-        rank: int, world_size: int, device: torch.device, threads: int,
-    ) -> None:  # fmt: skip
-        self.bad: dict[int, BadSample] = {}
-        self.order = order.Order(index.shard_sizes, index.label, data, seed, global_batch) if train else None
+        self,
+        index: Index,
+        folder: Path | str,
+        data: DataConfig,
+        *,
+        train: bool,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        self.bad = UnreadableImages(data.max_unreadable, "replaced" if train else "not counted")
+        self.order = (
+            order.Order(index.shard_sizes, index.label, data, seed, global_batch, weight=index.weight)
+            if train
+            else None
+        )
         self._index = index
         self._folder = folder
         self._data = data
@@ -125,8 +124,8 @@ class Loader:
         self._epoch = 0
         self._order = np.arange(len(index))  # views, see order.py
         self._cache = ShardCache(index, folder, data) if isinstance(folder, str) else None
-        keep = {"keep_open": 2 * data.window} if self._cache else {}
-        self._reader = ShardReader(index, index.folder or Path(folder), data.readers, self._cache, **keep)
+        keep = {"keep_open": 2 * data.shuffle_shards} if self._cache else {}
+        self._reader = ShardReader(index, index.folder or Path(folder), data.io_threads, self._cache, **keep)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._running: Generator[Any, None, None] | None = None
         self._resized = True
@@ -138,16 +137,27 @@ class Loader:
         steps = tuple(self._parameters(self._order[:1]))
         self._decoder = Decoder(data, steps, micro_batch, device, threads, depth=data.prefetch)
         self._spare = Decoder(data, steps, 1, device, threads=1, depth=1)
+        self._witness = Decoder(data, steps, 1, torch.device("cpu"), threads=1, depth=1)
 
     @classmethod
-    def of_run(cls, config: Config, index: Index, split: str, group: Group, *, train: bool) -> Loader:
-        """The loader of a split for this rank of a run, as the run's configuration wants it."""
+    def of_run(cls, config: Config, index: Index, group: Group, *, split: str | None = None) -> Loader:
+        """The loader for this rank of a run, of the images that it trains on, or of a split to evaluate."""
         ranks = group.ranks
+        # The shards of a mixture are named by whole paths, so that any of its folders will do.
+        folder = config.data.location(split) if split else config.data.training_locations[0]
         return cls(
-            index, config.data.location(split), config.data, train=train, seed=config.seed,
-            global_batch=config.train.global_batch, micro_batch=config.train.micro_batch, rank=ranks.rank,
-            world_size=ranks.world_size, device=group.device, threads=config.data.threads or ranks.threads,
-        )  # fmt: skip
+            index,
+            folder,
+            config.data,
+            train=split is None,
+            seed=config.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=group.device,
+            threads=config.data.decode_threads or ranks.threads,
+        )
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[GlobalBatch]:
         """The global batches of a training epoch from ``start_batch`` on.
@@ -155,7 +165,7 @@ class Loader:
         An epoch may be left midway; starting another pass ends the one before.
 
         Raises:
-            DataError: while iterating, when more than ``max_bad`` images could not be read.
+            DataError: while iterating, when more than ``max_unreadable`` images could not be read.
         """
         assert self.order is not None, "an evaluation has no epochs"
         self._end_pass()
@@ -169,31 +179,41 @@ class Loader:
         return batches
 
     @property
+    def images(self) -> int:
+        """Images of the split; their ids are the numbers below it."""
+        return len(self._index)
+
+    @property
     def common_batches(self) -> int:
         """Micro batches of an evaluation that every rank has; some may have one more."""
         return len(self._order) // self._world_size // self._micro_batch
 
-    def evaluation(self) -> Iterator[MicroBatch]:
-        """This rank's share of the split; over all ranks every sample comes once, and a share may be empty.
+    def evaluation(self, samples: NDArray[np.int64] | None = None) -> Iterator[MicroBatch]:
+        """This rank's share of the split, or of these samples of it; over all ranks every one comes once, and a share may be empty.
 
         Raises:
-            DataError: while iterating, when more than ``max_bad`` images could not be read.
+            DataError: while iterating, when more than ``max_unreadable`` images could not be read.
         """
         assert not self._train, "training goes by epochs"
         self._end_pass()
-        share = order.rank_slice(self._order, self._rank, self._world_size)
+        self.bad.clear()  # what could not be read in an earlier pass may be back
+        share = order.rank_slice(self._order if samples is None else samples, self._rank, self._world_size)
         if self._cache:
             self._expect(self._cache, share)
         self._running = batches = self._micro_batches(iter(order.micro_batches(share, self._micro_batch)))
         return batches
 
+    def encoded(self, sample: int) -> bytes:
+        """The file of an image, as it is stored; raises OSError."""
+        return self._reader.read(sample).tobytes()
+
     def close(self) -> None:
         """End what runs, stop the reading thread and close the shards."""
         self._end_pass()
+        if self._cache:
+            self._cache.close()  # first, so that no reading thread waits for a download
         self._thread.shutdown(cancel_futures=True)
         self._reader.close()
-        if self._cache:
-            self._cache.close()
 
     def _expect(self, cache: ShardCache, views: NDArray[np.int64]) -> None:
         """Have the shards of these views fetched ahead, in the order in which they are first wanted."""
@@ -206,13 +226,20 @@ class Loader:
             self._running = None
 
     def _global_batches(self, numbers: range) -> Generator[GlobalBatch, None, None]:
+        # One stream of micro batches through all global batches, so that those of the next ones are read and decoded while the
+        # network is busy with this one.  It is cut into global batches by counting: each takes as many as its parts are.
         micro_batches = self._micro_batches(part for number in numbers for part in self._parts(number))
         try:
             for number in numbers:
                 mine = itertools.islice(micro_batches, len(self._parts(number)))
                 views = order.global_batch_views(self._order, number, self._global_batch)
                 yield GlobalBatch(number, int(self._labeled[views % len(self._index)].sum()), mine)
-                deque(mine, maxlen=0)  # what was not taken of this global batch must not come in the next one
+                # What its user did not take of this global batch must not come in the next one (a deque of no length takes all
+                # that is left, and keeps nothing).
+                deque(mine, maxlen=0)
+            # All have come, but the stream is at its end only once it was asked for another one.  The decoder keeps its pipeline
+            # for the next epoch only then, and would else build a new one.
+            deque(micro_batches, maxlen=0)
         finally:
             micro_batches.close()
 
@@ -222,11 +249,20 @@ class Loader:
         return order.micro_batches(order.rank_slice(positions, self._rank, self._world_size), self._micro_batch)
 
     def _micro_batches(self, parts: Iterator[NDArray[np.int64]]) -> Generator[MicroBatch, None, None]:
-        """Read, decode and deliver; ``parts`` are places in the order, one array per micro batch."""
+        """Read, decode and deliver; ``parts`` are places in the order, one array per micro batch.
+
+        A part goes through two queues: ``reading`` until its bytes are there, then ``decoding`` until its images are.  The one
+        thread of the loader reads part after part; DALI, which runs ahead by ``prefetch``, takes them by calling ``source``.
+        What comes out of DALI is a tensor, or an error, and does not say of which part it is.  It is of the oldest one in
+        ``decoding``, because of three things: ``source`` gives the parts in their order and appends each before DALI has it;
+        the decoder yields exactly one result per part, also where it fails, and in the order in which it was given them; and
+        each result takes one part out, here.  All of this is in the thread that iterates.
+        """
         decoding: deque[_Fetched] = deque()
         reading: deque[Future[_Fetched]] = deque()
 
         def read_ahead() -> None:
+            # One more than DALI is ahead, so that the next part is being read while DALI is given this one.
             for part in itertools.islice(parts, self._data.prefetch + 1 - len(reading)):
                 reading.append(self._thread.submit(self._fetch, part))
 
@@ -247,6 +283,7 @@ class Loader:
                 else:
                     yield self._decode_singly(fetched)
         finally:
+            # Left midway, by an error or because another pass begins: nobody takes what was read or decoded ahead.
             results.close()
             for future in reading:
                 future.cancel()
@@ -297,43 +334,31 @@ class Loader:
     def _decode_one(self, view: int) -> torch.Tensor | None:
         """A view's image [1, 3, S, S], or None, and the sample noted, if it cannot be read."""
         columns = self._columns(np.array([view]))
+        said = ""
         if len(columns["raw"][0]):
             (result,) = self._spare.run([columns])
             if isinstance(result, torch.Tensor):
                 return result
-        self._note_bad(view % len(self._index), columns["raw"][0])
+            # What the CPU decodes is not damaged: then it is the GPU that cannot, and would not the next image either.
+            if self._spare.on_gpu and isinstance(next(self._witness.run([columns])), torch.Tensor):
+                raise DeviceError(machine_fault(result))
+            said = words_of(result)
+        self._note_bad(view % len(self._index), columns["raw"][0], said)
         return None
 
-    def _note_bad(self, sample: int, raw: NDArray[np.uint8]) -> None:
-        if sample in self.bad:
-            return
-        key = f"{self._index.key[sample].decode()}.{self._index.ext[sample].decode()}"
-        bad = BadSample(self._index.shards[self._index.shard[sample]].name, key, self._reason(sample, raw))
-        self.bad[sample] = bad
-        log.warning(
-            "unreadable image %d: %s; it is %s", len(self.bad), bad, "replaced" if self._train else "not counted"
-        )
-        if len(self.bad) > self._data.max_bad:
-            named = "; ".join(str(entry) for entry in itertools.islice(self.bad.values(), _NAMED_IN_ERROR))
-            raise DataError(
-                f"{len(self.bad)} images cannot be read, data.max_bad is {self._data.max_bad} ({named}"
-                f"{'; ...' if len(self.bad) > _NAMED_IN_ERROR else ''}); check the shards with `python -m shards check`"
-            )
+    def _note_bad(self, sample: int, raw: NDArray[np.uint8], said: str) -> None:
+        """Note an image that could not be read; ``said`` is what the decoder says."""
+        if sample not in self.bad:
+            key = f"{self._index.key[sample].decode()}.{self._index.ext[sample].decode()}"
+            shard = self._index.shards[self._index.shard[sample]].name
+            self.bad.note(sample, BadSample(shard, key, self._reason(sample, raw, said)))
 
-    def _reason(self, sample: int, raw: NDArray[np.uint8]) -> str:
-        """One line of why."""
-        reason = self._fault(sample, raw)
-        return f"{reason} (the shard was changed while it was in use)" if self._reader.changed(sample) else reason
-
-    def _fault(self, sample: int, raw: NDArray[np.uint8]) -> str:
-        """What is wrong with a file; PIL's words are clearer than the decoder's."""
-        from PIL import Image
-
-        try:
-            if not len(raw):
+    def _reason(self, sample: int, raw: NDArray[np.uint8], said: str) -> str:
+        reason = None
+        if not len(raw):
+            try:
                 self._reader.read(sample)
-            Image.open(io.BytesIO(raw.tobytes())).convert("RGB")
-        except Exception as error:  # any: it is a damaged file that is looked at
-            text = str(error).replace("\n", " ")
-            return "it is not an image" if "cannot identify image file" in text else text
-        return "the decoder cannot read it"
+            except DamagedShardError as error:
+                reason = str(error)
+        reason = reason or fault_of(raw) or f"the decoder cannot read it ({said})"
+        return f"{reason} (the shard was changed while it was in use)" if self._reader.changed(sample) else reason

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_train.data.remote import ShardCache
+from dist_train.data.remote import DamagedShardError, ShardCache
+from dist_train.errors import StorageError
 from shards.index import Index
 
 _OPEN_SHARDS = 128
@@ -52,16 +53,30 @@ class ShardReader:
         """The encoded image of a sample, uint8 [size]; what fails once is tried once more on a newly opened file.
 
         Raises:
-            OSError: the shard cannot be opened or read, or ends before the sample does.
+            DamagedShardError: its shard ends before the sample does, or cannot be fetched as the index says.
+            StorageError: its shard cannot be opened or read, which says nothing about the image.
         """
+        shard = int(self._index.shard[sample])
         try:
             return self._read(sample)
         except OSError:
-            self._forget(int(self._index.shard[sample]))
+            self._forget(shard)
+        try:
             return self._read(sample)
+        except DamagedShardError:
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"{self._path(shard)}: cannot be read ({error.strerror or error}), although the index names it; bring its file "
+                "system back, and run the same command again"
+            ) from None
 
     def read_all(self, samples: Sequence[int], failed: Callable[[int], NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """The encoded images of samples, in their order, ``failed(sample)`` standing in for one that cannot be read."""
+        """The encoded images of samples, in their order, ``failed(sample)`` standing in for one whose shard is damaged.
+
+        Raises:
+            StorageError: as :meth:`read`.
+        """
 
         def read_part(part: Sequence[int]) -> list[NDArray[np.uint8]]:
             self._announce(part)
@@ -69,7 +84,7 @@ class ShardReader:
             for sample in part:
                 try:
                     images.append(self.read(sample))
-                except OSError:
+                except DamagedShardError:
                     images.append(failed(sample))
             return images
 
@@ -84,7 +99,7 @@ class ShardReader:
         """Whether the sample's shard is another file, or was written to, since it was first opened here."""
         shard = int(self._index.shard[sample])
         try:
-            found = _stamp(os.stat(self._folder / self._index.shards[shard].name))
+            found = _stamp(os.stat(self._path(shard)))
         except OSError:
             return False
         return self._stamps.get(shard, found) != found
@@ -102,7 +117,7 @@ class ShardReader:
         descriptor = self._descriptor(shard)
         data = os.pread(descriptor.number, size, offset)
         if len(data) < size:
-            raise OSError(f"the shard ends {size - len(data)} bytes before the end of the image")
+            raise DamagedShardError(f"the shard ends {size - len(data)} bytes before the end of the image")
         return np.frombuffer(data, dtype=np.uint8)
 
     def _announce(self, samples: Sequence[int]) -> None:
@@ -119,14 +134,16 @@ class ShardReader:
                 self._open.move_to_end(shard)
                 return self._open[shard]
         # Opened without the lock, since it may take long on a network's file system; of two threads the later one wins.
-        path = self._cache.path(shard) if self._cache else self._folder / self._index.shards[shard].name
-        descriptor = _Descriptor(path)
+        descriptor = _Descriptor(self._cache.path(shard) if self._cache else self._path(shard))
         with self._lock:
             self._stamps.setdefault(shard, _stamp(os.fstat(descriptor.number)))
             self._open[shard] = descriptor
             if len(self._open) > self._keep_open:
                 self._open.popitem(last=False)
         return descriptor
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / self._index.shards[shard].name
 
     def _forget(self, shard: int) -> None:
         with self._lock:

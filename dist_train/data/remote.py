@@ -1,11 +1,11 @@
 """Shards behind a URL: whole files brought by fsspec into a local folder, which all processes of a node share.
 
-    CACHE/<hash of the split's URL>/index.json      fetched at every start
-    CACHE/<hash of the split's URL>/NAME.tar        whole, and checked against the index, or absent
-    CACHE/<hash of the split's URL>/.NAME.tar.lock  held by the process that fetches it
-    CACHE/<hash of the split's URL>/.NAME.tar.N.tmp what it has of the N bytes, for which room is kept
+    CACHE/<hash of the split's URL>/index.json           fetched at every start
+    CACHE/<hash of the split's URL>/HASH-NAME.tar        whole, and of the SHA-256 that begins with HASH, or absent
+    CACHE/<hash of the split's URL>/.HASH-NAME.tar.lock  held by the process that fetches it
+    CACHE/<hash of the split's URL>/.HASH-NAME.tar.N.tmp what it has of the N bytes, for which room is kept
 
-Past the size limit the shards that were not used for longest are removed; who has one open can go on reading it.
+The hash is that of the index, so that shards made anew behind the same URL are never mistaken for those of before.  Past the size limit the shards that were not used for longest are removed; who has one open can go on reading it.
 """
 
 from __future__ import annotations
@@ -18,58 +18,38 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dist_train.config import DataConfig
-from dist_train.errors import ConfigError, DataError
-from shards.index import FILE, Index, file_sha256
+from dist_train.errors import ConfigError, StorageError
+from dist_train.files import sha256 as sha256_of
+from shards.index import Index, Shard
 
 log = logging.getLogger("dist_train")
 
-_BESIDE = ("index.bin", "quarantine.json")
+BESIDE = ("index.bin", "quarantine.json")
 """Files that belong to the index where they are there."""
-_PAUSES = (0.0, 0.5, 2.0)
-"""Seconds before each attempt to fetch a file."""
-_FAILED_FOR = 60.0
-"""Seconds for which a shard that could not be fetched is not tried again."""
+_PAUSES = (0.0, 0.5, 2.0, 8.0)
+"""Seconds before each attempt to fetch a file; the last failure ends the run, so they outlast a server's short refusals."""
 _AT_ONCE = 4
 """Shards fetched ahead at the same time by one process."""
 
 
-def open_index(data: DataConfig, split: str) -> Index:
-    """The index of a split, fetched first where ``data.shards`` is a URL.
+_WHEN_IT_IS_BACK = "when it is back, run the same command again"
 
-    Raises:
-        DataError: no index there, or one that cannot be read.
-        ConfigError: a URL of an unknown kind, or one whose driver is not installed.
-    """
-    place = data.location(split)
-    if isinstance(place, Path):
-        return Index.load(place)
-    folder = _local(data, place)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = _file_system(place)
-    for name in (FILE, *_BESIDE):
-        draft = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            _fetch(files, f"{place}/{name}", draft)
-        except FileNotFoundError:
-            if name == FILE:
-                raise DataError(f"{place}: has no {FILE}; give the URL of a folder that `shards make` wrote") from None
-            (folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise DataError(f"{error}; check the URL and the network") from None
-        else:
-            os.replace(draft, folder / name)
-    return Index.load(folder)
+
+class DamagedShardError(OSError):
+    """A shard that can be reached and is not what the index says: fetching or reading it once more would not help."""
 
 
 class ShardCache:
     """The shards of a split behind a URL, fetched when they are wanted and ahead of that.  For any number of threads.
 
     Args:
-        index: the split, from :func:`open_index`.
+        index: the split, its shards named as in the cache (:func:`dist_train.data.split.open_split` does it).
         url: where its shards are.
         data: folder and size of the cache, and the window.
 
@@ -79,25 +59,25 @@ class ShardCache:
 
     def __init__(self, index: Index, url: str, data: DataConfig) -> None:
         self._shards, self._url = index.shards, url
-        self._folder = _local(data, url)
-        self._files = _file_system(url)
+        self._folder = local_folder(data, url)
+        self._files = file_system(url)
         self._limit = int(data.cache_gb * 1e9)
         largest = sorted((shard.bytes for shard in index.shards), reverse=True)
         # One shard more than a window, so that the next one can come while all of a window are in use.
-        needed = sum(largest[: data.window + 1])
+        needed = sum(largest[: data.shuffle_shards + 1])
         if needed > self._limit:
             raise ConfigError(
-                f"data.cache_gb is {data.cache_gb:g}, but {data.window + 1} shards (data.window and one more) take "
-                f"{needed / 1e9:.3g} GB; raise it, or lower data.window"
+                f"data.cache_gb is {data.cache_gb:g}, but {data.shuffle_shards + 1} shards (data.shuffle_shards and one more) take "
+                f"{needed / 1e9:.3g} GB; raise it, or lower data.shuffle_shards"
             )
         # Half of the room is for what comes next, half for what is in use.
         self._ahead = max(1, int(self._limit / 2 / max(1, largest[0])))
         self._sequence: Sequence[int] = ()
         self._place: dict[int, int] = {}
         self._reached = self._next = 0
-        self._failed: dict[int, tuple[float, OSError]] = {}
+        self._damaged: dict[int, DamagedShardError] = {}
         self._moved = threading.Condition()
-        self._closed = False
+        self._closed: Future[None] = Future()
         self._threads: list[threading.Thread] = []
 
     def expect(self, shards: Sequence[int]) -> None:
@@ -111,71 +91,99 @@ class ShardCache:
             self._threads[-1].start()
 
     def path(self, shard: int) -> Path:
-        """Where a shard is on this machine; waits for it.
+        """Where a shard is on this machine; waits for it, until the cache is closed.
 
         Raises:
-            OSError: it cannot be fetched, or is not what the index says.
+            DamagedShardError: what can be fetched is not what the index says; it is not fetched again.
+            StorageError: it cannot be fetched, or the cache was closed.
+            OSError: the cache's own folder cannot be used.
         """
         with self._moved:
             self._reached = max(self._reached, self._place.get(shard, 0))
             self._moved.notify_all()
-            since, error = self._failed.get(shard, (-_FAILED_FOR, OSError()))
-        if time.monotonic() - since < _FAILED_FOR:
-            raise error
-        return self._obtain(shard, wait=True)
+        if shard in self._damaged:
+            raise self._damaged[shard]
+        if self._used(shard):
+            return self.local(shard)
+        # A download cannot be interrupted.  In a thread of its own, nobody has to wait for it once the cache is closed.
+        obtained: Future[Path] = Future()
+        threading.Thread(target=self._fulfil, args=(obtained, shard), name="fetch", daemon=True).start()
+        either: tuple[Future[Any], ...] = (obtained, self._closed)
+        wait(either, return_when=FIRST_COMPLETED)
+        if not obtained.done():
+            raise StorageError(f"{self._url}: was closed while {self._shards[shard].name} was fetched")
+        return obtained.result()
+
+    def local(self, shard: int) -> Path:
+        """The file in which a shard is, or will be."""
+        return self._folder / self._shards[shard].name
 
     def close(self) -> None:
-        """End the fetching ahead."""
+        """End the fetching ahead, and the waiting for what is being fetched, without waiting for it: a stop is urgent."""
         with self._moved:
-            self._closed = True
+            if not self._closed.done():
+                self._closed.set_result(None)
             self._moved.notify_all()
-        for thread in self._threads:
-            thread.join()
 
     def _fetch_ahead(self) -> None:
         while True:
             with self._moved:
                 self._moved.wait_for(
-                    lambda: self._closed or self._next < min(len(self._sequence), self._reached + 1 + self._ahead)
+                    lambda: (
+                        self._closed.done() or self._next < min(len(self._sequence), self._reached + 1 + self._ahead)
+                    )
                 )
-                if self._closed:
+                if self._closed.done():
                     return
                 shard = self._sequence[self._next]
                 self._next += 1
             # Whoever reads it is told of a failure then.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, StorageError):
                 self._obtain(shard, wait=False)
 
+    def _fulfil(self, obtained: Future[Path], shard: int) -> None:
+        try:
+            obtained.set_result(self._obtain(shard, wait=True))
+        except Exception as error:  # any: who waits for it raises it
+            obtained.set_exception(error)
+
     def _obtain(self, shard: int, wait: bool) -> Path:
-        target = self._folder / self._shards[shard].name
-        if self._used(target):
+        target = self.local(shard)
+        if self._used(shard):
             return target
         with _lock(target.with_name(f".{target.name}.lock"), wait) as mine:
             # Without waiting, a shard that another process fetches already is left to it.
-            if mine and not self._used(target):
+            if mine and shard in self._damaged:  # another thread has found that out while this one waited
+                raise self._damaged[shard]
+            if mine and not self._used(shard):
                 try:
                     self._fetch(shard, target)
-                except OSError as error:
-                    with self._moved:
-                        self._failed[shard] = time.monotonic(), error
+                except DamagedShardError as error:
+                    self._damaged[shard] = error
                     raise
         return target
 
-    @staticmethod
-    def _used(path: Path) -> bool:
+    def _used(self, shard: int) -> bool:
         """Whether the file is there, which its time then tells the other processes to be in use."""
+        path = self.local(shard)
         try:
             os.utime(path)
+            # A machine that lost power can leave a file that has its name and not yet its bytes.
+            return path.stat().st_size == self._shards[shard].bytes
         except FileNotFoundError:
             return False
-        return True
 
     def _fetch(self, shard: int, target: Path) -> None:
         expected = self._shards[shard]
         draft = target.with_name(f".{target.name}.{expected.bytes}.tmp")
         try:
             self._make_room(expected.bytes, draft)
-            _fetch(self._files, f"{self._url}/{expected.name}", draft, expected.sha256)
+            try:
+                fetch(
+                    self._files, f"{self._url}/{expected.name.removeprefix(_prefix(expected))}", draft, expected.sha256
+                )
+            except (FileNotFoundError, PermissionError) as error:  # the index names it
+                raise StorageError(f"{error}; {_WHEN_IT_IS_BACK}") from None
             os.replace(draft, target)
         finally:
             draft.unlink(missing_ok=True)
@@ -199,6 +207,15 @@ class ShardCache:
             draft.touch()
 
 
+def named_as_cached(index: Index) -> Index:
+    """The index of a split behind a URL, with its shards named as in the cache: ``folder / name`` is the file, as elsewhere."""
+    return replace(index, shards=tuple(replace(shard, name=_prefix(shard) + shard.name) for shard in index.shards))
+
+
+def _prefix(shard: Shard) -> str:
+    return f"{shard.sha256[:16]}-"
+
+
 def _reserved(draft: Path) -> int:
     """Bytes that an unfinished file will take; one whose process has died is removed."""
     name, _, size = draft.name.removesuffix(".tmp").rpartition(".")
@@ -209,28 +226,51 @@ def _reserved(draft: Path) -> int:
     return int(size)
 
 
-def _fetch(files: Any, url: str, target: Path, sha256: str | None = None) -> None:
-    """Bring a file, in several attempts, and check it; raises OSError with what went wrong in the last one."""
+def fetch(files: Any, url: str, target: Path, sha256: str | None = None) -> None:
+    """Bring a file, in several attempts, and check it.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        PermissionError: the server forbids it, as some say of what is not there.
+        DamagedShardError: it has another hash each time.
+        StorageError: anything else, which may be over when the same command is run again.
+    """
     for attempt, pause in enumerate(_PAUSES, start=1):
         time.sleep(pause)
+        damaged = False
         try:
             files.get_file(files._strip_protocol(url), str(target))
-            found = file_sha256(target) if sha256 else None
+            found = sha256_of(target) if sha256 else None
         except FileNotFoundError:
-            raise
+            raise FileNotFoundError(f"{url}: is not there") from None
         except Exception as error:  # every driver has its own kinds
+            if _is_forbidden(error):
+                raise PermissionError(f"{url}: the server forbids it (403)") from None
             fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
         else:
             if found == sha256:
                 return
+            damaged = True
             fault = f"it has SHA-256 {str(found)[:12]}, the index says {str(sha256)[:12]}"
         if attempt < len(_PAUSES):
             log.warning("%s: %s; trying again", url, fault)
     target.unlink(missing_ok=True)
-    raise OSError(f"{url}: cannot be fetched ({fault})")
+    if damaged:
+        raise DamagedShardError(f"{url}: cannot be used ({fault})")
+    raise StorageError(f"{url}: cannot be fetched ({fault}); check the URL and the network; {_WHEN_IT_IS_BACK}")
 
 
-def _file_system(url: str) -> Any:
+def _is_forbidden(error: Exception) -> bool:
+    """Whether a server answered 403, in the words of the drivers of https, s3 and gs, in this order."""
+    return (
+        getattr(error, "status", None) == 403
+        or (isinstance(error, PermissionError) and error.filename is None)  # else it is about a file of this machine
+        or (isinstance(error, OSError) and str(error).startswith("Forbidden"))
+    )
+
+
+def file_system(url: str) -> Any:
+    """The fsspec file system behind a URL; raises ConfigError for one of an unknown kind, or without its driver."""
     import fsspec
 
     options: dict[str, Any] = {}
@@ -248,7 +288,8 @@ def _file_system(url: str) -> Any:
     return files
 
 
-def _local(data: DataConfig, url: str) -> Path:
+def local_folder(data: DataConfig, url: str) -> Path:
+    """Folder of the cache for the shards behind a URL."""
     root = data.cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dist_train"
     return root / hashlib.sha256(url.encode()).hexdigest()[:16]
 

@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Generator, Mapping
-from typing import Any, Protocol
+import sys
+from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from dist_train.config import ModelConfig
+from dist_train.config import LibraryConfig, ModelConfig, MSDNetConfig, NetworkConfig, ResNetConfig
 from dist_train.errors import ConfigError
 from dist_train.models.exits import AttachedExits, attach_exits
 from dist_train.models.msdnet import MSDNet
-from dist_train.models.named import LIBRARIES, build_named, library_weights
+from dist_train.models.named import build_named, library_weights
+from dist_train.models.network import MultiExitNetwork
 from dist_train.models.resnet import ResNet
 from dist_train.models.weights import load_backbone, read_weights
 
 __all__ = ["AttachedExits", "MSDNet", "MultiExitNetwork", "ResNet", "attach_exits", "build_model", "load_pretrained"]
 
-NOT_MSDNET = {"name", "blocks", "width", "norm", "options", "pooling", "pretrained", "regime", "heads_epochs"}
-"""Fields of the section ``model`` that are no arguments of MSDNet."""
-
 LARGE_IMAGES = 96
 """From this image size on, in pixels, MSDNet's stem is the one for large images."""
 
 
-class MultiExitNetwork(Protocol):
-    """What training, evaluation and prediction know of a network; every one is an :class:`torch.nn.Module`."""
-
-    num_exits: int
-    num_classes: int
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits of all exits, M tensors [N, K], for images [N, 3, H, W]."""
-
-    def iter_exits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
-        """Yield the logits [N, K] of exit after exit, computing no further than is iterated.
-
-        ``send(rows)`` goes on with these rows of the batch only.
-        """
-
-
-def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
-    """The configured network, a :class:`MultiExitNetwork`, with fresh weights from torch's global generator.
+def build_model(config: ModelConfig, num_classes: int, image_size: int) -> MultiExitNetwork:
+    """The configured network, with fresh weights from torch's global generator.
 
     Args:
         config: the section ``model``.
@@ -53,22 +36,51 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     Raises:
         ConfigError: values that do not fit together, or an image size that the network cannot take.
     """
-    if isinstance(config.exits, int):
-        arguments = config.model_dump(exclude=NOT_MSDNET)
+    try:
+        return _build(config, num_classes, image_size)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"the network {config.name} does not fit into this machine's memory; choose fewer or narrower layers"
+        ) from None
+
+
+def _build(config: ModelConfig, num_classes: int, image_size: int) -> MultiExitNetwork:
+    if isinstance(config, MSDNetConfig):
+        arguments = config.model_dump(exclude={"name", *NetworkConfig.model_fields})
         arguments["stem"] = config.stem or (32 if image_size < LARGE_IMAGES else 224)
         network = MSDNet(num_classes, **arguments)
         network.check_image_size(image_size)
         return network
-    if config.name == "resnet":
+    if isinstance(config, ResNetConfig):
         backbone: nn.Module = ResNet(num_classes, blocks=config.blocks, width=config.width, norm=config.norm)
-    elif config.name.startswith(tuple(f"{library}/" for library in LIBRARIES)):
+    elif isinstance(config, LibraryConfig):
         backbone = build_named(config.name, num_classes, image_size, config.options)
     else:
         backbone = _call_by_name(config.name, num_classes, config.options)
-    return attach_exits(backbone, config.exits, num_classes, head=config.pooling, image_size=image_size)
+    try:
+        return attach_exits(backbone, config.exits, num_classes, head=config.pooling, image_size=image_size)
+    except ConfigError:
+        raise
+    except (AssertionError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"{config.name} fails on images of {image_size} x {image_size} pixels: {_first_line(error)}; set another "
+            "data.image_size, or the size that the network takes in model.options"
+        ) from error
 
 
-def load_pretrained(model: nn.Module, config: ModelConfig) -> None:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return "allocate" in str(error) or "out of memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def load_pretrained(model: MultiExitNetwork, config: ModelConfig) -> None:
     """Put the weights that ``model.pretrained`` names into a network of :func:`build_model`.
 
     Raises:
@@ -76,6 +88,7 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> None:
         CheckpointError: the file is not weights, or they do not fit.
     """
     if config.pretrained is True:
+        assert isinstance(config, LibraryConfig)
         load_backbone(model, library_weights(config.name, config.options), config.name)
     elif config.pretrained:
         load_backbone(model, read_weights(config.pretrained), str(config.pretrained))
@@ -84,6 +97,11 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> None:
 def _call_by_name(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
     """Call ``module:function`` with the number of classes."""
     module, _, function = name.partition(":")
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        # A checkpoint names its network as well, and whoever made it must not choose among all functions of Python.
+        raise ConfigError(
+            f"model.name is {name!r}, but the standard library has no networks; use module:function of your own"
+        )
     try:
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:

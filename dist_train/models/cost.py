@@ -1,13 +1,11 @@
-"""Multiply-adds, parameters and milliseconds per exit of any multi-exit network, found by running it."""
+"""Multiply-adds and parameters per exit of any multi-exit network, found by running it."""
 
 from __future__ import annotations
 
 import contextlib
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dist_train.models import MultiExitNetwork
+from dist_train.models.network import MultiExitNetwork, evaluating
 
 Convention = Literal["macs", "msdnet_pytorch"]
 
@@ -31,23 +29,13 @@ class ExitCost:
     """Parameters that took part."""
 
 
-@dataclass(frozen=True)
-class ExitTime:
-    """How long a batch takes from its images to an exit's logits."""
-
-    milliseconds: float
-    """Median."""
-    spread: float
-    """Half of the distance between the quartiles, in milliseconds."""
-
-
 def exit_costs(
-    network: nn.Module, image_size: int, convention: Convention = "macs", *, lazy: bool = False
+    network: MultiExitNetwork, image_size: int, convention: Convention = "macs", *, lazy: bool = False
 ) -> list[ExitCost]:
     """Cost of every exit for one image of ``image_size`` x ``image_size`` pixels, by counting the operations of a real pass.
 
     Args:
-        network: a :class:`~dist_train.models.MultiExitNetwork`; its training mode and buffers are as before afterwards.
+        network: its training mode and buffers are as before afterwards.
         image_size: height and width, in pixels.
         convention: ``macs`` counts the multiply-adds of convolutions and matrix products alone. ``msdnet_pytorch`` is the
             counter behind the published MSDNet axes: also one per element of a ReLU, per window element of a pooling and
@@ -58,14 +46,13 @@ def exit_costs(
     parameter = next(network.parameters())
     images = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
     counter = _Counter(_RULES[convention])
-    multi_exit = cast(MultiExitNetwork, network)
-    with _evaluating(network), counter:
+    with _counting(network), counter:
         if lazy:
-            return [counter.cost() for _ in multi_exit.iter_exits(images)]
-        return [counter.cost_of(logits) for logits in multi_exit(images)]
+            return [counter.cost() for _ in network.iter_exits(images)]
+        return [counter.cost_of(logits) for logits in network(images)]
 
 
-def cost_columns(network: nn.Module, image_size: int) -> dict[str, list[float]]:
+def cost_columns(network: MultiExitNetwork, image_size: int) -> dict[str, list[float]]:
     """What a report says of the cost of every exit, by name: multiply-adds in the three ways of counting, parameters."""
     macs = exit_costs(network, image_size)
     public = exit_costs(network, image_size, "msdnet_pytorch")
@@ -78,24 +65,6 @@ def cost_columns(network: nn.Module, image_size: int) -> dict[str, list[float]]:
     }
 
 
-def measure_exits(network: nn.Module, image_size: int, batch: int, repeats: int = 20) -> list[ExitTime]:
-    """Time from the images to each exit's logits with ``iter_exits``, on the network's device, after one warm-up pass."""
-    parameter = next(network.parameters())
-    images = torch.randn(batch, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-    images = images.contiguous(memory_format=torch.channels_last)
-    times: list[list[float]] = []
-    with _evaluating(network):
-        for _ in range(repeats + 1):
-            times.append([])
-            _synchronize(images.device)
-            start = time.perf_counter()
-            for _ in cast(MultiExitNetwork, network).iter_exits(images):
-                _synchronize(images.device)
-                times[-1].append(1000 * (time.perf_counter() - start))
-    quartiles = [statistics.quantiles(exit_times, n=4) for exit_times in zip(*times[1:])]
-    return [ExitTime(middle, (upper - lower) / 2) for lower, middle, upper in quartiles]
-
-
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums up the cost of the operations that run under it, and remembers the sum at every tensor they give."""
 
@@ -104,7 +73,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._rules = rules
         self._macs = 0
         self._parameters: dict[int, int] = {}
-        # The tensors are kept, because an id may be given again once its tensor is gone.
+        # The tensors are kept alive: the id of a freed tensor can be reused.
         self._costs: dict[int, tuple[Tensor, ExitCost]] = {}
 
     def cost(self) -> ExitCost:
@@ -164,21 +133,12 @@ _RULES: dict[Convention, dict[Any, Callable[..., int]]] = {
 
 
 @contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def _counting(network: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and without fused operations that hide matrix products from the counter."""
-    training = [module for module in network.modules() if module.training]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    network.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with evaluating(network), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module in training:
-            module.training = True
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Exits on any network: heads at named submodules, and a forward pass that stops at an exit and goes on from there."""
+"""Exits on any network: heads at named submodules, and a forward pass that pauses at an exit and continues from there."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_train.errors import ConfigError
+from dist_train.models.network import MultiExitNetwork, evaluating
 
 HeadMaker = Callable[[torch.Size], nn.Module]
 Pooling = Literal["mean", "class_token"]
@@ -36,18 +37,16 @@ def attach_exits(
         network: maps images [N, 3, S, S] to logits or features; it is changed (hooks), not copied.
         at: names of submodules (as in ``network.named_modules()``) in the order in which they run, each once per pass.
         num_classes: classes K.
-        head: for feature maps [N, C, H, W] always the mean and a linear layer; for tokens [N, T, C] a layer norm and a
-            linear layer on their ``mean`` or on the first, the ``class_token``. A function gets the shape of a batch of
-            features and gives the module.
+        head: for feature maps [N, C, H, W] always the mean and a linear layer; for maps [N, H, W, C] the mean, a layer norm
+            and a linear layer; for tokens [N, T, C] a layer norm and a linear layer on their ``mean`` or on the first, the
+            ``class_token``. A function gets the shape of a batch of features and gives the module.
         image_size: S of the trial run, in pixels.
 
     Raises:
         ConfigError: a name does not exist, is repeated or out of order, or its output has nothing to classify.
     """
     _check_names(network, at)
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
+    with evaluating(network):
         parameter = next(network.parameters())
         images = torch.randn(2, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
         features, output = _trial_run(network, at, images)
@@ -60,15 +59,12 @@ def attach_exits(
         attached = AttachedExits(network, at, nn.ModuleList(heads), num_classes).eval()
         if not (images.is_meta or isinstance(images, FakeTensor)):  # which have shapes, but no values to compare
             _check_iteration(attached, images)
-    finally:
-        for module in training:
-            module.training = True
     attached.heads.train(network.training)
     attached.training = network.training
     return attached
 
 
-class AttachedExits(nn.Module):
+class AttachedExits(MultiExitNetwork):
     """A network with exits at some of its submodules and at its end; made by :func:`attach_exits`."""
 
     def __init__(self, network: nn.Module, at: Sequence[str], heads: nn.ModuleList, num_classes: int) -> None:
@@ -96,7 +92,7 @@ class AttachedExits(nn.Module):
 
         Going on runs the network's own ``forward`` again, with what its submodules gave before: none of them computes
         twice, only operations between them do (an addition, a reshape). With ``exits.send(rows)``, a tensor of row
-        numbers, the iteration goes on with these images only.
+        numbers, the iteration continues with these images only.
         """
         memory = _Memory(_outermost(self.network, self._at))
         for number in range(self.num_exits):
@@ -126,7 +122,7 @@ class AttachedExits(nn.Module):
 
 
 class _Reached(BaseException):
-    """Ends a forward pass at the exit that was asked for; no Exception, so that no network catches it."""
+    """Ends a forward pass at the requested exit; not an Exception, so that no network catches it."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -244,6 +240,10 @@ def _make_head(name: str, shape: torch.Size, num_classes: int, head: Pooling | H
     if not isinstance(head, str):
         return head(shape)
     match tuple(shape):
+        case (2, height, width, channels) if height == width != channels:
+            # The images are square, so the two equal sides are height and width: channels come last, as in Swin.
+            pool = (nn.Flatten(1, 2), _TokenPool("mean"), nn.LayerNorm(channels))
+            return nn.Sequential(*pool, nn.Linear(channels, num_classes))
         case (2, channels, _, _):
             return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
         case (2, _, channels):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_train.errors import ConfigError
+from dist_train.models.network import MultiExitNetwork
 
 Dialect = Literal["lua", "msdnet_pytorch", "multiexit_distillation"]
 Prune = Literal["min", "max", "none"]
@@ -22,7 +23,7 @@ Features = list[Tensor | None]
 """One feature map [N, C, H, W] per scale, finest first; None where a scale has ended."""
 
 
-class MSDNet(nn.Module):
+class MSDNet(MultiExitNetwork):
     """Multi-scale dense network: several scales are computed side by side, and every exit classifies the coarsest.
 
     A layer adds ``growth * growth_factors[s]`` channels to scale s: half of them from the scale itself, half from the
@@ -49,7 +50,7 @@ class MSDNet(nn.Module):
             ``multiexit_distillation`` has a bias in every convolution, puts the channels from the finer scale last, and
             moves an exit that would lie one layer before a transition to behind that layer. Both keep, frozen, the few
             modules that no exit depends on; ``lua`` leaves them out.
-        recompute: keep only the activations between blocks and compute the others again in the backward pass.
+        activation_checkpointing: keep only the activations between blocks and compute the others again in the backward pass.
 
     Attributes:
         num_exits, num_classes: M and K.
@@ -77,13 +78,13 @@ class MSDNet(nn.Module):
         head_width: int | None = 128,
         stem: Literal[32, 224] = 32,
         dialect: Dialect = "lua",
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.num_exits = exits
         self.num_classes = num_classes
         self.dialect = dialect
-        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
         self.divisor = (1 if stem == 32 else 4) * 2 ** (scales - 1)
         spans = [base, *(step if step_mode == "even" else step * exit_ + 1 for exit_ in range(1, exits))]
         widths = _Widths(
@@ -107,7 +108,7 @@ class MSDNet(nn.Module):
             features.append(layer(features[scale - 1] if scale else images))
         logits = []
         for block, head in zip(self.blocks, self.heads):
-            run = _run_recomputed if self.recompute and torch.is_grad_enabled() else _run_block
+            run = _run_recomputed if self.activation_checkpointing and torch.is_grad_enabled() else _run_block
             features = run(cast(nn.ModuleList, block), features)
             logits.append(head(features[-1]))
         return tuple(logits)
@@ -116,7 +117,7 @@ class MSDNet(nn.Module):
         """Yield the logits [N, K] of exit after exit, the same that :meth:`forward` gives.
 
         Before exit m nothing is computed that only later exits need, and nothing is computed twice. With
-        ``exits.send(rows)``, a tensor of row numbers, the iteration goes on with these images only.
+        ``exits.send(rows)``, a tensor of row numbers, the iteration continues with these images only.
         """
         self.check_image_size(*images.shape[-2:])
         stages = [cast(nn.ModuleDict, stage) for block in self.blocks for stage in cast(nn.ModuleList, block)]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from dist_train.errors import ConfigError
+
+EXITS = 3
+"""Exits that are suggested for a network, besides its end."""
 
 LIBRARIES = ("timm", "torchvision", "transformers")
 
@@ -50,6 +54,49 @@ def build_named(name: str, num_classes: int, image_size: int, options: Mapping[s
     ) as error:
         raise ConfigError(f"model.name is {name!r}, which {library} cannot build: {_first_line(error)}") from None
     return network
+
+
+@dataclass(frozen=True)
+class TimmNetwork:
+    """What a configuration has to know of a network of timm.
+
+    Attributes:
+        exits: submodules at a quarter, a half and three quarters of its stages or blocks.
+        pooling: ``model.pooling`` of these exits.
+        image_size: height and width in pixels, where the network takes one size alone.
+        mean: per channel, 0 to 1, that its weights were trained with.
+        std: likewise.
+    """
+
+    exits: list[str]
+    pooling: str
+    image_size: int | None
+    mean: list[float]
+    std: list[float]
+
+
+def describe_timm(name: str) -> TimmNetwork:
+    """What a configuration of the network ``timm/NAME`` has to know; nothing is downloaded.
+
+    Raises:
+        ConfigError: timm is not installed, does not know the name, or does not say where the network's stages end.
+    """
+    network = build_named(f"timm/{name}", 1000, 224, {})
+    stages = [stage["module"] for stage in getattr(network, "feature_info", [])]
+    if len(stages) <= EXITS:
+        raise ConfigError(
+            f"timm does not say where the stages of {name} end; name model.exits yourself: docs/python.md"
+        )
+    # The last stage is followed by the network's end, which is an exit in any case.
+    depths = [-(-len(stages) * number // (EXITS + 1)) - 1 for number in range(1, EXITS + 1)]
+    weights: Any = network.pretrained_cfg
+    return TimmNetwork(
+        exits=[stages[depth] for depth in depths],
+        pooling="class_token" if getattr(network, "global_pool", None) == "token" else "mean",
+        image_size=weights["input_size"][-1] if weights.get("fixed_input_size") else None,
+        mean=list(weights["mean"]),
+        std=list(weights["std"]),
+    )
 
 
 def library_weights(name: str, options: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Weights from files: read without running any code of theirs, and put into a network by their names."""
+"""Weights from files: read without running their code, and loaded into a network by name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_weights(file: str | Path) -> Mapping[str, Tensor]:
 
 
 def load_backbone(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Start a network from weights of its backbone, or of all of it; exits that have none, or of other classes, stay fresh.
+    """Start a network from weights of its backbone, or of all of it; exits without weights, or with other classes, keep their initialization.
 
     Args:
         model: a network of this package.
@@ -64,7 +64,7 @@ def load_backbone(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
     own = model.state_dict()
     if not any(key in own for key in given):
         given = {f"network.{key}": value for key, value in given.items()}
-    exits = exit_parts(model)
+    exits = [*exit_parts(model), "heads"]
     misshapen = [key for key in own if key in given and given[key].shape != own[key].shape]
     faults = {
         "missing": [key for key in own if key not in given and not is_in(key, exits)],
@@ -83,7 +83,7 @@ def load_backbone(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
 
 
 def _reason(error: Exception) -> str:
-    """What torch or safetensors found, without torch's advice to run the file's code."""
+    """The error of torch or safetensors, without torch's advice to load the file unsafely."""
     text = str(error).strip()
     found = re.search(r"WeightsUnpickler error: (.+?)(?:\. |\n|$)", text) or re.search(r"[^.]*[a-z][^.\n]*", text)
     return found[found.lastindex or 0].strip()[:120] if found else type(error).__name__

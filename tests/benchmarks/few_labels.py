@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
-ROOT = Path(__file__).parents[2]
+from tests.common import ROOT
+
 SEEDS = range(5)
 
 
@@ -29,7 +30,9 @@ def arms(kind: str, out: Path, images: str | None) -> tuple[Path, dict[str, list
         shards(out / "semi", "digits", "--labels-per-class", "10")
         few = f"--data.shards {out / 'few'} --train.epochs 220 --train.global_batch 50 --train.micro_batch 50".split()
         # As many labeled images per update, and as many updates, as the other arms have.
-        semi = f"--data.shards {out / 'semi'} --data.labeled_share 0.5 --train.epochs 17 --train.max_steps 440".split()
+        semi = (
+            f"--data.shards {out / 'semi'} --data.labeled_fraction 0.5 --train.epochs 17 --train.max_steps 440".split()
+        )
         semi += ["--train.global_batch", "100", "--train.micro_batch", "100"]
         return ROOT / "configs" / "quickstart.yaml", {
             "labels alone": [*few, "--loss.teachers", "none"],

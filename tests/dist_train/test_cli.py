@@ -1,20 +1,20 @@
 """The command line: bad input is one line and exit code 2, before any process group is made."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from dist_train import cli
 from dist_train.config_file import dump_config, make_config
 from shards.index import Index
-
-ROOT = Path(__file__).parents[2]
-MODEL = {"exits": 2, "base": 1, "step": 1, "scales": 2, "growth": 2, "initial_channels": 4, "head_width": 8,
-         "growth_factors": [1, 2], "bottleneck_factors": [1, 2]}  # fmt: skip
+from tests.common import ROOT, SMALL_MODEL
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def config(digits, tmp_path):
         "name": "try",
         "runs": str(tmp_path / "runs"),
         "data": {"shards": str(digits)},
-        "model": MODEL,
+        "model": SMALL_MODEL,
         "train": {"global_batch": 64, "micro_batch": 32, "max_steps": 2, "epochs": 1},
         "tracking": {"uri": "off"},
     }
@@ -46,10 +46,10 @@ def test_configurations_that_cannot_run_are_refused(config, tmp_path, refused, v
     assert "use 32 or 64" in said("--train.global_batch", 48)
     assert "did you mean train.epochs?" in said("--train.epoch", 3)
     assert "nowhere" in said("--data.shards", tmp_path / "nowhere")
-    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "empty" / "val").mkdir(parents=True)
     assert "index" in said("--data.shards", tmp_path / "empty")
     assert "33" in said("--data.image_size", 33)
-    assert "fp16, which needs a GPU" in said("--train.precision", "fp16")
+    assert "sync_bn is true, which needs a GPU" in said("--train.sync_bn", "true")
     assert "only 1437 images" in said("--train.global_batch", 2048)
     (tmp_path / "file").touch()
     assert "is a file" in said("--runs", tmp_path / "file")
@@ -79,14 +79,34 @@ def trained(config, *overrides):
     return cli.run(["train", str(config), *overrides])
 
 
-def test_a_checkpoint_of_another_network_or_other_data_is_refused(config, own_shards, digits, ranks, refused, tmp_path):
+@pytest.mark.parametrize("links", ["as they are", "gone", "folders"])
+def test_a_checkpoint_of_another_network_or_other_data_is_refused(
+    config, own_shards, digits, ranks, refused, command, tmp_path, links
+):
+    """However the run folder was copied: links are not what decides."""
     assert ranks(trained, 1, config) == [0]
-    assert "model.growth 2 -> 3" in refused("train", config, "--model.growth", 3)
-    assert "seed 0 -> 1" in refused("train", config, "--seed", 1)
+    for link in (tmp_path / "runs" / "try" / "checkpoints" / name for name in ("latest", "best")):
+        target = link.resolve()
+        if links != "as they are":
+            link.unlink()
+        if links == "folders":
+            shutil.copytree(target, link)
+
+    def said(module, *overrides):
+        result = command(module, *(["train"] if module == "dist_train" else []), config, *overrides)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result
+        return result.stderr
+
+    for module in ("dist_train", "launch.local"):
+        assert "model.growth 2 -> 3" in said(module, "--model.growth", 3)
+        assert "seed 0 -> 1" in said(module, "--seed", 1)
     shutil.rmtree(own_shards / "train")
     shutil.copytree(own_shards / "val", own_shards / "train")
-    assert "other data" in refused("train", config, "--data.shards", own_shards)
+    assert "other data" in said("dist_train", "--data.shards", own_shards)
     assert "no checkpoint here" in refused("eval", tmp_path)
+    # The same command resumes, and people find the links again.
+    assert command("dist_train", "train", config).returncode == 0
+    assert (tmp_path / "runs" / "try" / "checkpoints" / "latest").is_symlink()
 
 
 def test_what_is_evaluated_later_is_what_training_said(config, ranks, command, tmp_path):
@@ -110,15 +130,19 @@ def evaluated(folder):
     return evaluate(folder)
 
 
-def test_a_disk_without_room_for_checkpoints_costs_the_checkpoints_only(config, command, tmp_path):
+def test_a_disk_without_room_for_checkpoints_ends_in_another_code_and_says_what_is_lost(config, command, tmp_path):
     import resource
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     result = command("dist_train", "train", config, "--checkpoint.every_steps", 1, preexec_fn=limit)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 74, result.stdout + result.stderr
     assert result.stdout.count("a checkpoint could not be written") == 1
+    assert (
+        "the last checkpoint, of step 2, could not be written (File too large); what remains is no checkpoint"
+        in result.stderr
+    )
     assert json.loads((tmp_path / "runs" / "try" / "report.json").read_text())["step"] == 2
     assert not list((tmp_path / "runs" / "try" / "checkpoints").iterdir())
 
@@ -126,9 +150,78 @@ def test_a_disk_without_room_for_checkpoints_costs_the_checkpoints_only(config, 
 def test_the_plan_says_what_a_run_would_do_and_makes_nothing(config, capsys, tmp_path):
     assert cli.run(["plan", str(config), "--processes", "2"]) == 0
     plan = capsys.readouterr().out
-    assert "64 = 2 processes x 1 passes x 32" in plan
-    assert "22 steps = 1 epochs x 22" in plan
+    assert "64 = 2 processes x 1 accumulation step x 32" in plan
+    assert "22 steps = 1 epoch x 22" in plan
+    assert "images    32 x 32 pixels; shifted by up to 4, flipped; mean [0.485, 0.456, 0.406], std " in plan
     assert not (tmp_path / "runs").exists()
+    assert cli.run(["plan", str(config), "--train.max_steps", "5", "--data.augment", "none"]) == 0
+    plan = capsys.readouterr().out
+    assert "length    5 steps (train.max_steps) of 22 steps = 1 epoch x 22" in plan
+    assert "not varied; mean" in plan
+
+
+NETWORK = """
+from torch import nn
+
+def small(classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 15 * 15, classes))
+"""
+
+
+def test_a_network_in_the_current_folder_is_found_by_every_verb(config, tmp_path):
+    """By the program dist-train itself, which unlike `python -m` has not the current folder among the modules' places."""
+    (tmp_path / "mine.py").write_text(NETWORK)
+    program = tmp_path / "bin" / "dist-train"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom dist_train.cli import main\nmain()\n")
+    program.chmod(0o755)
+    own = ["--model.name", "mine:small", "--model.exits", '["1"]', "--train.max_steps", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PYTHONPATH"] = str(ROOT)
+
+    def run(*words):
+        result = subprocess.run(
+            [program, *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    tree = yaml.safe_load(config.read_text())
+    del tree["model"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
+    assert "mine:small" in run("plan", "own.yaml", *own)
+    first = run("train", "own.yaml", *own)
+    assert "360 images, each once" in run("eval", tmp_path / "runs" / "try")
+    # The same command once more says the result again, and plan says that there is nothing left to do.
+    again = run("train", "own.yaml", *own)
+    table = first[first.index("exit  multiply-adds") :]
+    assert "was already complete at step 2" in again
+    assert again.endswith(table)
+    assert "finished (" in run("plan", "own.yaml", *own)
+    # A network that wants another size says so in one line.
+    result = subprocess.run(
+        [program, "plan", "own.yaml", *own, "--data.image_size", "64"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout.count("\n")) == (2, 1), result
+    assert "mine:small fails on images of 64 x 64 pixels: " in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    words = f"{sys.executable} -m dist_train train --help | head -n 1"
+    result = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout.count("\n"), result.stderr) == (1, "")
+
+
+def test_version(command):
+    import dist_train
+
+    assert command("dist_train", "--version").stdout == f"dist-train {dist_train.__version__}\n"
+    assert set(dist_train.__all__) <= set(dir(dist_train))
 
 
 def test_help_lists_every_field(command):
@@ -139,10 +232,13 @@ def test_help_lists_every_field(command):
     assert all(f"--{key} " in shown.stdout for key, _, _ in describe_fields())
 
 
+def test_stage_3_needs_no_launcher(config, command):
+    result = command("dist_train", "train", config, "--train.zero_stage", 3, "--train.max_steps", 1)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_verbs(command, refused):
-    assert "use one of plan, train, eval, predict, convert, compare, study, sync, bench, doctor" in refused(
-        "trian", "x.yaml"
-    )
+    assert f"use one of {', '.join(cli.VERBS)}" in refused("trian", "x.yaml")
     assert "the following arguments are required: RUN; see dist-train eval --help" in refused("eval")
     assert "unrecognized arguments: --sure; see dist-train predict --help" in refused("predict", "r", "i", "--sure")
     assert "unrecognized arguments: --best; see dist-train compare --help" in refused("compare", "--best")
@@ -151,6 +247,27 @@ def test_verbs(command, refused):
     shown = command("dist_train", "doctor")
     assert shown.returncode == 0, shown.stdout
     assert "A run can start here." in shown.stdout
+    if "GPU                  none" in shown.stdout:
+        assert "driver, compiler, loss kernel, GPU decoder, NCCL: they need a GPU" in shown.stdout
+
+
+def tried():
+    from dist_train.commands import doctor
+
+    def broken(device):
+        raise RuntimeError("CUDA driver version\nis insufficient")
+
+    trials = {name: trial for name, trial in doctor.TRIALS.items() if name != "compiler"}
+    doctor.TRIALS = trials | {"broken": broken}
+    return doctor.try_all(torch.device("cpu"))
+
+
+def test_doctor_tries_what_a_run_needs_and_says_what_does_not_work_in_one_line(ranks):
+    # On a CPU that plays the GPU.
+    [(worked, failed)] = ranks(tried, 1)
+    assert [line.split("  ")[0] for line in worked] == ["driver", "loss kernel", "GPU decoder", "NCCL"]
+    assert all("works" in line for line in worked)
+    assert failed == ["broken does not work: RuntimeError: CUDA driver version is insufficient"]
 
 
 def test_more_processes_than_the_machine_has_are_refused(config, command):

@@ -1,15 +1,14 @@
 """The configuration: what is right is read as meant, what is wrong is one line that names the key and the remedy."""
 
-from pathlib import Path
-
 import pytest
 
-from dist_train.config import Config, accumulation
-from dist_train.config_file import changed_fields, describe_fields, dump_config, load_config, make_config
+from dist_train.config import Config, accumulation_steps
+from dist_train.config_file import RENAMED, changed_fields, describe_fields, dump_config, load_config, make_config
 from dist_train.errors import ConfigError
+from tests.common import ROOT
 
 MINIMAL = {"data": {"shards": "somewhere"}}
-FOLDER = Path(__file__).parents[2] / "configs"
+FOLDER = ROOT / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("study_"))
 
 
@@ -26,13 +25,13 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(path, tmp_path):
 
 
 def test_overrides_win_and_take_both_forms(tmp_path):
-    path = write(tmp_path, "data: {shards: x}\noptim: {lr: 1e-3, clip: 1.0}\n")
+    path = write(tmp_path, "data: {shards: x}\noptim: {lr: 1e-3, max_grad_norm: 1.0}\n")
     config = load_config(
         path,
-        "--optim.clip",
+        "--optim.max_grad_norm",
         "null",
         "--train.micro_batch=8",
-        "--data.scale",
+        "--data.crop_scale",
         "[0.2, 1]",
         "--tracking.uri",
         "off",
@@ -40,7 +39,7 @@ def test_overrides_win_and_take_both_forms(tmp_path):
         "false",
     )
     assert (config.tracking.uri, config.data.flip) == ("off", False)
-    assert (config.optim.lr, config.optim.clip, config.train.micro_batch, config.data.scale) == (
+    assert (config.optim.lr, config.optim.max_grad_norm, config.train.micro_batch, config.data.crop_scale) == (
         1e-3,
         None,
         8,
@@ -56,21 +55,39 @@ def test_overrides_win_and_take_both_forms(tmp_path):
         (["--optim.lr", "-1"], "optim.lr is -1; input should be greater than 0"),
         (["--optim.lr", "fast"], "optim.lr is 'fast'; input should be a valid number"),
         (["--optim.lr", ".nan"], "optim.lr is nan; input should be a finite number"),
-        (["--train.zero", "4"], "train.zero is 4; input should be 0, 1, 2 or 3"),
+        (["--train.zero_stage", "4"], "train.zero_stage is 4; input should be 'auto', 0, 1, 2 or 3"),
         (["--optim.milestones", "[0.7, 0.5]"], "milestones are [0.7, 0.5]; they must rise"),
+        (["--data.rand_augment", "[33, 9]"], "data.rand_augment is 33; input should be less than or equal to 32"),
         (["--data.eval_resize", "16"], "eval_resize is 16; it must be at least image_size, 32"),
         (["--name", "a/b"], "name is 'a/b'"),
         (["--optim.lr"], "--optim.lr has no value"),
         (["optim.lr", "1"], "'optim.lr' is not an override; write --section.key value"),
         (["--optim.lr.x", "1"], "unknown key 'optim.lr.x'"),
         (["--optim.betas", "[0.9"], "is not valid YAML"),
+        # What YAML 1.1 and Python would take for numbers.
+        (["--slurm.hours", "1:30"], "slurm.hours is '1:30'; input should be a valid number"),
+        (["--train.epochs", "true"], "train.epochs is True; it takes no true or false"),
+        (["--data.crop_scale", "[0.5, true]"], "data.crop_scale is [0.5, True]; it takes no true or false"),
+        (["--model.pretrained", "off"], "model.pretrained: is 'off'; write true, false, or a file"),
+        (
+            ["--model.pretrained", "false", "--model.regime", "heads_first"],
+            "and pretrained is not set; give pretrained",
+        ),
+        (["--name", "2024-13-45x/"], "name is '2024-13-45x/'; string should match"),
+        (["--seed", "1" * 5000], "--seed: line 1 is not valid YAML: an integer has 5000 digits"),
+        (["--optim.lr", "9" * 400], "optim.lr is 999"),
+        (["--train.epochs", "1"], "model.first_epochs is 1, but train.epochs is 1"),
     ],
 )
 def test_a_bad_override_is_one_line_with_the_remedy(tmp_path, overrides, message):
     with pytest.raises(ConfigError) as error:
-        load_config(write(tmp_path, "data: {shards: x}\noptim: {lr: 0.1}\n"), *overrides)
+        load_config(
+            write(tmp_path, "data: {shards: x}\noptim: {lr: 0.1}\nmodel: {regime: mixed, first_epochs: 1}"), *overrides
+        )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    assert not str(error.value).startswith(":")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +97,11 @@ def test_a_bad_override_is_one_line_with_the_remedy(tmp_path, overrides, message
         ("- 1", "holds a list, not sections"),
         ("optim: {}", "'data' is missing"),
         ("data: {shards: x}\ntrain: [1]", "train is [1]"),
+        ("data:", "'data.shards' is missing"),
+        ("{a: b}: c", "line 1 is not valid YAML: a key is a list or a mapping; write a word"),
+        ("? [a, b]\n: c", "line 1 is not valid YAML: a key is a list or a mapping; write a word"),
+        ("loss: " + "[" * 3000 + "]" * 3000, "line 1 is not valid YAML: it is nested deeper than 50 levels"),
+        ("loss: {teachers: &x [*x]}", "line 1 is not valid YAML: *x stands inside of &x"),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path, text, message):
@@ -89,6 +111,19 @@ def test_a_bad_file_is_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+def test_words_and_numbers_are_those_of_yaml_1_2(tmp_path):
+    path = write(tmp_path, "data: &d {shards: x}\ntrain:\noptim: {lr: 1e-3}\n")
+    config = load_config(
+        path, "--train.global_batch", "0100", "--seed", "0x1F", "--name", "2024-13-45", "--optim.ema_decay", "~"
+    )
+    assert (config.train.global_batch, config.seed, config.name) == (100, 31, "2024-13-45")
+    assert (config.optim.lr, config.optim.ema_decay, config.train.epochs) == (1e-3, None, 100)
+
+
+def test_an_override_fills_an_empty_section(tmp_path):
+    assert load_config(write(tmp_path, "data: {shards: x}\noptim:\n"), "--optim.lr", "0.4").optim.lr == 0.4
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         load_config("nowhere.yaml")
@@ -96,7 +131,7 @@ def test_a_missing_file_is_named():
 
 def test_accumulation_follows_from_the_batches_or_names_the_nearest():
     def config(world, total, micro):
-        return accumulation(
+        return accumulation_steps(
             make_config(MINIMAL | {"train": {"global_batch": total, "micro_batch": micro}}).train, world
         )
 
@@ -117,3 +152,51 @@ def test_changed_fields_are_those_that_differ():
     before, after = make_config(MINIMAL), make_config(MINIMAL | {"optim": {"lr": 0.2}, "seed": 3})
     assert changed_fields(before, after) == [("seed", "0", "3"), ("optim.lr", "0.1", "0.2")]
     assert changed_fields(before, Config.model_validate(before.model_dump())) == []
+
+
+def test_an_option_that_is_left_out_is_a_change():
+    def config(**options):
+        return make_config(MINIMAL | {"model": {"name": "m:f", "exits": ["a"], "options": options}})
+
+    assert changed_fields(config(dropout=0.5), config()) == [("model.options.dropout", "0.5", "unset")]
+    assert changed_fields(config(), config(dropout=None)) == [("model.options.dropout", "unset", "null")]
+
+
+def test_paths_know_the_home_folder_and_variables(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/fast")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    config = make_config({"data": {"shards": "$DATA/x"}, "runs": "~/runs"})
+    assert (str(config.data.shards), str(config.runs)) == ("/fast/x", "/home/me/runs")
+    assert make_config({"data": {"shards": "s3://bucket/$x"}}).data.shards == "s3://bucket/$x"
+    with pytest.raises(ConfigError, match=r"runs: \$NOWHERE/x: the variable \$NOWHERE is not set"):
+        make_config({"data": {"shards": "x"}, "runs": "$NOWHERE/x"})
+
+
+@pytest.mark.parametrize("old", sorted(RENAMED))
+def test_an_old_key_names_the_new_one(old):
+    section, key = old.split(".")
+    tree = {"data": {"shards": "x"}}
+    tree.setdefault(section, {})[key] = 1
+    with pytest.raises(ConfigError, match=f"'{old}' is now called '{RENAMED[old]}'"):
+        make_config(tree)
+    assert RENAMED[old] in {name for name, _, _ in describe_fields()}
+
+
+def test_a_misspelt_key_is_named_before_the_one_that_is_missing_for_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"^unknown key 'data.shard'; did you mean data.shards\?$"):
+        load_config(write(tmp_path, "data: {shard: x}"))
+
+
+def test_the_help_has_the_choices_of_a_field():
+    texts = {key: text for key, _, text in describe_fields()}
+    assert "One of fp32, bf16, fp16." in texts["train.precision"]
+    assert "One of auto, 0, 1, 2, 3." in texts["train.zero_stage"]
+    assert "last, next, later" in texts["loss.teachers"]
+    assert "One of" not in texts["train.epochs"]
+
+
+def test_a_configuration_shows_what_differs_from_the_defaults():
+    config = make_config({"data": {"shards": "x"}, "optim": {"lr": 0.05}})
+    assert repr(config) == "Config\ndata:\n  shards: x\noptim:\n  lr: 0.05\n"
+    assert "lr: 0.05" in config._repr_html_()

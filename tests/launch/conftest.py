@@ -46,6 +46,7 @@ NodeName=y[1-2] NodeAddr=192.0.2.1 NodeHostname=elsewhere CPUs=8 RealMemory=8000
 PartitionName=keep Nodes=x[1-2] Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=x[1-2] MaxTime=INFINITE PriorityTier=1 GraceTime=60
 PartitionName=far Nodes=y[1-2] MaxTime=1:00:00 PriorityTier=1
+PartitionName=reserved Nodes=y[1-2] MaxTime=1:00:00 PriorityTier=1 Hidden=YES
 """
 
 

@@ -22,7 +22,7 @@ class Faulty(nn.Module):
         if self.training and torch.is_grad_enabled() and rank == os.environ.get("RANK"):
             self.passes += 1
             if kind == "slow":
-                time.sleep(0.1)
+                time.sleep(0.3)
             elif self.passes == int(at):
                 fail(kind)
         return self.head(self.body(images).relu().mean((2, 3)))
@@ -33,6 +33,10 @@ def fail(kind):
         time.sleep(1000)
     elif kind == "raise":
         raise ArithmeticError("the network is broken")
+    elif kind == "memory":
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total capacity of ..."
+        )
     elif kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -10,10 +10,9 @@ import psutil
 import pytest
 
 from dist_train.config_file import dump_config, make_config
-from dist_train.metrics import read_metrics
-from dist_train.watch import Report, verdict
-
-ROOT = Path(__file__).parents[2]
+from dist_train.distributed.watchdog import FaultReport, verdict
+from dist_train.tracking.metrics import read_metrics
+from tests.common import ROOT
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def train(digits, tmp_path):
 
 def reports(folder):
     return {
-        path.name: (Report(**json.loads(path.read_text().splitlines()[0])), path.read_text())
+        path.name: (FaultReport(**json.loads(path.read_text().splitlines()[0])), path.read_text())
         for path in (folder / "faulty" / "faults").iterdir()
     }
 
@@ -73,10 +72,21 @@ def test_a_rank_that_fails_is_named_and_its_error_is_the_only_one_shown(train, t
     assert "ArithmeticError: the network is broken" in reports(tmp_path)["rank1.txt"][1]
 
 
+def test_a_rank_without_memory_ends_the_run_in_one_line_that_no_retry_follows(train, tmp_path):
+    code, said = train("memory:1:3")
+    assert code == 2, said
+    [line] = [line for line in said.splitlines() if "out of memory" in line]
+    assert line.startswith(
+        "dist-train train: rank 1: out of memory at train.micro_batch 16: set train.micro_batch to 8"
+    )
+    assert "Traceback" not in said
+    assert reports(tmp_path)["rank1.txt"][0].exit_code == 2
+
+
 def test_a_rank_that_is_killed_is_named(train, tmp_path):
     code, said = train("kill:0:3")
     assert code == 137, said
-    assert "rank 0 has left no report" in said
+    assert "rank 0 left no report" in said
     assert "Traceback" not in said
     assert reports(tmp_path).keys() == {"rank1.txt"}
 
@@ -87,18 +97,19 @@ def test_the_slowest_rank_is_in_the_log(train, tmp_path):
     assert "rank 1 is slow, the others waited" in said
     lines = [e["metrics"] for e in read_metrics(tmp_path / "faulty" / "metrics.jsonl") if "train/loss" in e["metrics"]]
     assert [line["speed/slowest_rank"] for line in lines] == [1, 1, 1]
-    # Four steps, each held up for 0.1 s by rank 1 alone.
+    # Four steps, each held up for 0.3 s by rank 1 alone.
     assert all(line["speed/seconds_for_slowest"] > 0.3 for line in lines)
+    assert all(0.1 < line["memory/peak_gib"] < 10 for line in lines)
     assert not (tmp_path / "faulty" / "faults").exists()
 
 
 def test_who_is_to_blame():
     def at(rank, batch, phase, doing, error=None):
-        return Report(rank, batch, batch, phase, doing, 30.0, error)
+        return FaultReport(rank, batch, batch, phase, doing, 30.0, error)
 
     behind = verdict({0: at(0, 7, 3, "update"), 1: at(1, 7, 1, "wait for data"), 2: at(2, 7, 3, "update")}, 3)
     assert behind == "rank 1 hangs at step 7 (wait for data, for 30 s); the others wait for it (update)"
-    assert verdict({0: at(0, 7, 3, "update")}, 2).startswith("rank 1 has left no report")
+    assert verdict({0: at(0, 7, 3, "update")}, 2).startswith("rank 1 left no report")
     failed = verdict({0: at(0, 7, 3, "update"), 1: at(1, 8, 1, "forward pass", "ValueError: no")}, 2)
     assert failed == "rank 1 failed at step 8 (forward pass): ValueError: no"
     together = verdict({0: at(0, 7, 2, "forward pass"), 1: at(1, 7, 2, "forward pass")}, 2)

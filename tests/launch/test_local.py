@@ -1,9 +1,12 @@
 """Processes on this machine: all of them train one run, and none outlives the others."""
 
+import base64
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,9 +15,10 @@ import pytest
 import yaml
 
 from dist_train.config_file import dump_config, make_config
-from dist_train.metrics import read_metrics
-
-ROOT = Path(__file__).parents[2]
+from dist_train.errors import ConfigError
+from dist_train.tracking.metrics import read_metrics
+from launch.node import Node, Place
+from tests.common import ROOT, SMALL_MODEL
 
 
 @pytest.fixture
@@ -24,11 +28,10 @@ def config(digits, tmp_path):
         "name": "launched",
         "runs": str(tmp_path),
         "data": {"shards": str(digits), "flip": False},
-        "model": {"exits": 2, "base": 1, "scales": 2, "growth": 2, "initial_channels": 4, "head_width": 8,
-                  "growth_factors": [1, 2], "bottleneck_factors": [1, 2]},
+        "model": SMALL_MODEL | {"step": 2},
         "train": {"global_batch": 32, "micro_batch": 16, "epochs": 2},
         "tracking": {"uri": "off", "log_every": 2},
-    }  # fmt: skip
+    }
     path.write_text(dump_config(make_config(fields)))
     return path
 
@@ -106,9 +109,29 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_behind(config):
     assert not ranks_of(config)
 
 
+def test_a_request_to_stop_while_the_launcher_still_starts_ends_it(tmp_path):
+    """While it is imported, DeepSpeed's launcher runs other programs, which are no ranks: it would start those afterwards."""
+    code = (
+        f"import subprocess, pathlib; subprocess.run(['sleep', '30']); pathlib.Path({str(tmp_path)!r}, 'ranks').touch()"
+    )
+    node = Node(Place({"localhost": 1}, 0, "127.0.0.1", 1), "dist_train", [])
+    node._command = [sys.executable, "-c", code]
+
+    def stop():
+        while not (node._child and psutil.Process(node._child.pid).children()):
+            time.sleep(0.01)
+        node.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert node.run() == 128 + signal.SIGKILL
+    thread.join()
+    assert not (tmp_path / "ranks").exists()
+
+
 def shares(_):
     before = sorted(os.sched_getaffinity(0))
-    from dist_train.dist import Ranks
+    from dist_train.distributed.group import Ranks
 
     ranks = Ranks.from_env()
     ranks.pin()
@@ -135,8 +158,10 @@ def test_a_run_asked_to_stop_in_an_evaluation_stops_there_and_evaluates_when_it_
     config.write_text(yaml.safe_dump(fields))
     marker = tmp_path / "evaluating"
     environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "SLOW_EVALUATION": "0.5", "EVALUATING": str(marker),
-    }  # fmt: skip
+        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+        "SLOW_EVALUATION": "0.5",
+        "EVALUATING": str(marker),
+    }
     words = [sys.executable, "-m", "launch.local", "-n", "2", str(config), *flags]
     process = subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -156,3 +181,42 @@ def test_a_run_asked_to_stop_in_an_evaluation_stops_there_and_evaluates_when_it_
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "360 images, each once" in again.stdout
+
+
+@pytest.mark.parametrize("module", ["launch.local", "launch.nodes", "launch.slurm", "dist_train"])
+def test_ctrl_c_while_everything_is_imported_is_no_traceback(config, module):
+    flags = {"launch.nodes": ["--hostfile", "nowhere"], "dist_train": ["train"]}.get(module, [])
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *flags, str(config)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # The shell of a job in the background has its children ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    # Python itself is up by then, and most is still to be imported.
+    while process.poll() is None and "pydantic_core" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert "Traceback" not in output, output
+    # Ended by the signal itself is what a shell calls 130.
+    assert process.returncode in (2, 75, 130, -signal.SIGINT), output
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("", [0, 1]), ("4,5", ["4", "5"]), ("4,5,6", ["4", "5"]), ("MIG-a, GPU-b", ["MIG-a", "GPU-b"])],
+)
+def test_the_ranks_get_the_gpus_that_were_chosen(monkeypatch, visible, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    words = Place({"a": 3, "b": 2}, 1, "127.0.0.1", 1).command("dist_train", [])
+    (world,) = [word.partition("=")[2] for word in words if word.startswith("--world_info=")]
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"a": [0, 1, 2], "b": expected}
+
+
+def test_fewer_gpus_chosen_than_processes_is_one_line(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is 4, 1 GPUs for 2 processes"):
+        Place({"a": 2}, 0, "127.0.0.1", 1).command("dist_train", [])

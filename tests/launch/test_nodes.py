@@ -9,18 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dist_train.config_file import dump_config, make_config
-from dist_train.dist import free_port
+from dist_train.distributed.launcher import free_port
 from dist_train.errors import ConfigError
-from dist_train.metrics import read_metrics
+from dist_train.tracking.metrics import read_metrics
 from launch.nodes import read_hostfile
+from tests.common import ROOT, processes_of
 
-ROOT = Path(__file__).parents[2]
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
@@ -56,12 +55,22 @@ def hosts(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     servers = [
         subprocess.Popen(
-            ["taskset", "-c", str(cores[n % len(cores)]), SSHD, "-D", "-e", "-f", home / "sshd_config",
-             "-o", f"ListenAddress=127.0.0.{n + 1}"],
+            [
+                "taskset",
+                "-c",
+                str(cores[n % len(cores)]),
+                SSHD,
+                "-D",
+                "-e",
+                "-f",
+                home / "sshd_config",
+                "-o",
+                f"ListenAddress=127.0.0.{n + 1}",
+            ],
             stderr=subprocess.DEVNULL,
         )
         for n in range(2)
-    ]  # fmt: skip
+    ]
     for number, server in enumerate(servers, start=1):
         while subprocess.run([wrapper, f"node{number}", "true"], stderr=subprocess.DEVNULL).returncode:
             assert server.poll() is None
@@ -94,24 +103,25 @@ def config(digits, tmp_path):
         "model": {"name": "faulty:network", "exits": ["body"]},
         "train": {"global_batch": 32, "micro_batch": 16, "epochs": 1, "max_steps": 6},
         "tracking": {"uri": "off", "log_every": 2},
-    }  # fmt: skip
+    }
     path.write_text(dump_config(make_config(fields)))
     return path
 
 
 def run(words, environment):
     return subprocess.run(
-        [*map(str, words)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [*map(str, words)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         timeout=150,
-    )  # fmt: skip
+    )
 
 
 def weights(folder):
     return load_file(folder / "checkpoints" / "latest" / "model.safetensors")
-
-
-def processes_of(config):
-    return [p for p in psutil.process_iter(["cmdline"]) if str(config) in (p.info["cmdline"] or [])]
 
 
 def test_two_nodes_train_what_one_machine_trains_bit_for_bit(hosts, config, tmp_path):
@@ -176,7 +186,7 @@ def test_a_node_that_cannot_be_reached_is_named_and_nothing_starts(hosts, config
         ("node1 slots=2\nnode2 4\n", "line 2: is 'node2 4'; write HOST slots=N"),
         ("node1 slots=0\n", "line 1"),
         ("-oProxyCommand=x slots=1\n", "line 1"),
-        ("node1 slots=1\nnode1 slots=1\n", "line 2: node1 comes twice"),
+        ("node1 slots=1\nnode1 slots=1\n", "line 2: node1 is listed twice"),
         ("# nothing\n\n", "names no host"),
         (None, "cannot be read"),
     ],

@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file
 
 from dist_train.config_file import dump_config, make_config
-from dist_train.metrics import read_metrics
+from dist_train.tracking.metrics import read_metrics
+from tests.common import ROOT
 
-ROOT = Path(__file__).parents[2]
 STEPS = 88  # two epochs of the digits
 
 
@@ -107,27 +107,39 @@ def runs(slurm, digits, tmp_path_factory):
     runs.limited = runs.submit("limited", "--nodes", "2", *two_minutes, slow=1.2)
     runs.signalled = runs.submit("signalled", "--nodes", "2", slow=0.4)
     sbatch = runs.command(
-        ["sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1",
-         f"--output={runs.folder}/batch.out", ROOT / "launch" / "slurm.py", runs.config, "--name", "batch"],
-        slow=0.4, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    )  # fmt: skip
+        [
+            "sbatch",
+            "--parsable",
+            "--partition=low",
+            "--nodes=2",
+            "--ntasks-per-node=1",
+            "--cpus-per-task=1",
+            f"--output={runs.folder}/batch.out",
+            ROOT / "launch" / "slurm.py",
+            runs.config,
+            "--name",
+            "batch",
+        ],
+        slow=0.8,
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
     assert sbatch.returncode == 0, sbatch.stderr
     runs.batch = sbatch.stdout.strip()
-    runs.wait_for_steps("batch")
     runs.wait_for_steps("signalled")
+    runs.twice = runs.launch("signalled")
+    slurm("scancel", "--signal=USR2", runs.signalled)
+    runs.wait_for_steps("batch")
     idle = int(slurm("sinfo", "-h", "-n", "x1", "-p", "keep", "-O", "CPUsState").split("/")[1])
     wanted = f"--cpus-per-task={idle + 1}"  # which takes the preemption of a job of one core
     slurm("sbatch", "--nodes=2", "--ntasks-per-node=1", wanted, "--output=/dev/null", "--wrap", "sleep 1")
-    slurm("scancel", "--signal=USR2", runs.signalled)
     (runs.folder / "die").touch()
     runs.dying = runs.submit("dying", "--tasks-per-node", "2", DIE=str(runs.folder / "die"))
     return runs
 
 
 def test_a_signalled_job_saves_is_requeued_once_and_goes_on_as_the_same_run(runs):
-    again = runs.launch("signalled")
-    assert again.returncode == 2
-    assert f"job {runs.signalled} works on" in again.stderr
+    assert runs.twice.returncode == 2
+    assert f"job {runs.signalled} is training in" in runs.twice.stderr
     job = runs.wait_for_end("signalled", runs.signalled)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), runs.log("signalled")
     assert runs.log("signalled").count("stopped by SIGUSR2") == 1
@@ -176,12 +188,19 @@ def test_a_run_that_dies_three_times_at_one_step_is_given_up_with_a_report(runs)
 
 
 def test_a_job_that_the_user_cancels_does_not_come_back(runs):
-    job = runs.submit("cancelled", "--tasks-per-node", "2", slow=0.5)
+    flags = ["--tasks-per-node", "2", "--sbatch", "nice=10", "--srun", "label"]
+    job = runs.submit("cancelled", *flags, slow=0.5)
     runs.wait_for_steps("cancelled")
+    assert runs.slurm.job(job)["Nice"] == "10"
+    assert re.search(r"^0: step 1/", runs.log("cancelled"), re.MULTILINE)
     runs.slurm("scancel", job)
     assert runs.wait_for_end("cancelled", job)["Restarts"] == "0"
-    time.sleep(1)
-    assert runs.slurm.job(job)["JobState"] == "CANCELLED"
+    # SLURM calls the job cancelled at once; its batch step then still has its grace time to tell MLflow.
+    runs.wait(lambda: runs.mlflow("cancelled")[1].info.status == "KILLED", "cancelled")
+    # COMPLETING is what SLURM calls it as long as the batch step runs.
+    said = re.compile(rf"job {job} is (CANCELLED|COMPLETING): SLURM decides what happens to it")
+    runs.wait(lambda: said.search(runs.log("cancelled")), "cancelled")
+    runs.wait(lambda: runs.slurm.job(job)["JobState"] == "CANCELLED", "cancelled")
 
 
 def test_a_job_at_its_time_limit_saves_and_goes_on(runs):
@@ -207,14 +226,17 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint_only(runs):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--partition", "fast"], "partition 'fast' does not exist; sinfo offers keep, low, far"),
+        (["--partition", "fast"], "partition 'fast' does not exist; sinfo offers keep, low, far, reserved"),
         (["--partition", "far", "--gpus-per-node", "8"], "far has 4 GPUs on a node"),
         (["--partition", "far", "--hours", "3"], "far has 1 hours at most"),
         (["--nodes", "3"], "keep has 2 nodes"),
-        (["--partition", "far", "--hours", "1"], "is on this machine alone"),
+        (["--partition", "far", "--hours", "1"], "exists on this machine only"),
         (["--constraint", "gold"], "sbatch: "),
         (["--sweep", "seed"], "write --sweep KEY=VALUE,VALUE"),
         (["--train.global_batch", "33"], "train.global_batch is 33"),
+        (["--sbatch", "--mail-type=END"], "expected one argument"),
+        (["--sbatch", "output=x"], "sbatch output=x: is set by launch.slurm"),
+        (["--srun", "Image"], "write a long flag of srun without its dashes"),
     ],
 )
 def test_what_the_cluster_cannot_do_is_refused_in_one_line(runs, flags, said):
@@ -232,6 +254,10 @@ def test_without_slurm_the_local_launcher_is_named(runs):
     assert result.stderr.startswith(
         "launch.slurm: sbatch is not on this machine; to train here use python -m launch.local"
     )
+    dry = runs.launch("nowhere", "--dry-run", "--sbatch", "mail-type=END", PATH="/nowhere")
+    assert dry.returncode == 0, dry.stderr
+    assert "is not checked against a cluster" in dry.stderr
+    assert "#SBATCH --mail-type=END\n" in dry.stdout
 
 
 def test_a_dry_run_prints_the_batch_script_and_submits_nothing(runs):
@@ -240,8 +266,63 @@ def test_a_dry_run_prints_the_batch_script_and_submits_nothing(runs):
     assert result.returncode == 0, result.stderr
     for line in ("--nodes=2", "--exclusive", "--mem=4096M", "--qos=normal", "--dependency=afterok:1", "--requeue"):
         assert f"#SBATCH {line}\n" in result.stdout
-    assert "\nmodule load cuda\n" in result.stdout
+    assert "\nmodule load cuda\ntrap - ERR\n" in result.stdout
     assert "dry" not in runs.slurm("squeue", "-h", "-o", "%j").split()
+
+
+def test_partitions_are_understood_as_sbatch_does(runs):
+    for flags, environment, wanted in (
+        (["--partition", "far,keep", "--hours", "2"], {}, "--partition=far,keep"),  # only the second one is long enough
+        ([], {"SBATCH_PARTITION": "low"}, None),
+    ):
+        result = runs.launch("partitions", *flags, "--dry-run", **environment)
+        assert result.returncode == 0, result.stderr
+        assert wanted is None or f"#SBATCH {wanted}\n" in result.stdout
+    refused = runs.launch("partitions", "--gpus-per-node", "1", "--dry-run", SBATCH_PARTITION="keep")
+    assert "partition keep has 0 GPUs on a node" in refused.stderr
+    hidden = runs.launch("partitions", "--partition", "reserved", "--hours", "3", "--dry-run")
+    assert "reserved has 1 hours at most" in hidden.stderr
+
+
+def test_a_sweep_beyond_the_limit_of_arrays_leaves_nothing_behind(runs):
+    seeds = ",".join(map(str, range(1002)))
+    result = runs.launch("many", "--sweep", f"seed={seeds}")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "has 1002 runs, but this cluster's arrays have at most 1001" in result.stderr
+    assert not list(runs.folder.glob("many*"))
+
+
+def test_a_job_without_the_users_variables_or_from_inside_a_job_trains_all_the_same(runs):
+    inside = {"SLURM_NTASKS": "7", "SLURM_NNODES": "3", "SLURM_CPUS_PER_TASK": "2", "SLURM_EXPORT_ENV": "NONE"}
+    # The job finds no module of the tests, since PYTHONPATH is one of the variables that it lacks.
+    network = ("--model", "{name: resnet, exits: [stages.0], blocks: [1, 1], width: 4}")
+    job = runs.submit("exported", "--nodes", "2", *network, "--train.max_steps", "4", SBATCH_EXPORT="NONE", **inside)
+    assert runs.wait_for_end("exported", job)["JobState"] == "COMPLETED", runs.log("exported")
+    assert runs.steps("exported") == [1, 2, 3, 4]
+
+
+def test_a_setup_line_that_fails_ends_the_job_and_is_named(runs):
+    job = runs.submit("setup", "--setup", "true", "--setup", "load_no_such_module", "--train.max_steps", "2")
+    fields = runs.wait_for_end("setup", job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0"), runs.log("setup")
+    assert "launch.slurm: the setup line failed: load_no_such_module" in runs.log("setup")
+    assert not runs.steps("setup")
+
+
+def test_srun_without_our_launcher_names_it(runs):
+    words = [
+        "srun",
+        "--mpi=none",
+        "--ntasks=2",
+        "--cpus-per-task=1",
+        "--time=3",
+        sys.executable,
+        "-m",
+        "dist_train",
+        "train",
+    ]
+    result = runs.command([*words, runs.config, "--name", "bare"])
+    assert "start with sbatch launch/slurm.py or python -m launch.slurm" in result.stderr, result.stderr
 
 
 def test_plan_warns_where_the_signal_comes_too_late_for_a_step_and_a_save(runs):

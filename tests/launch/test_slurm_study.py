@@ -6,11 +6,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.common import ROOT
+
 STUDY = """\
 name: tiny
 config: {ROOT}/configs/quickstart.yaml
@@ -59,7 +59,7 @@ def test_the_missing_cells_are_one_array_and_are_compared_when_all_have_ended(sl
     local = study()
     assert local.returncode == 2
     assert local.stderr.count("\n") == 1
-    assert re.search(rf"cell \w+-seed0: job {array}_\d works on it; give --slurm as well", local.stderr)
+    assert re.search(rf"cell \w+-seed0: job {array}_\d is training it; add --slurm", local.stderr)
 
     slurm("scancel", f"{array}_1")
     mended = study("--slurm")
@@ -76,7 +76,7 @@ def test_the_missing_cells_are_one_array_and_are_compared_when_all_have_ended(sl
     assert last.returncode == 0, last.stderr
     assert re.findall(r"seed 0: (.*)", last.stdout) == ["finished before"] * 2
     assert len((folder / "comparison" / "accuracy.csv").read_text().splitlines()) == 1 + 2 * 2
-    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as store:
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
         parents = dict(store.execute(PARENTS, ("tiny",)))
     (comparison,) = [run for run, parent in parents.items() if parent is None]
     assert list(parents.values()).count(comparison) == 2 == len(parents) - 1

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_what_cannot_be_used_goes_into_quarantine(
     assert "3 images are in quarantine.json, training leaves them out" in printed
     for number in (0, 1, 2):
         assert f"shard-00000{number}.tar: has SHA-256" in errors
-    assert f"{bad[0]}: broken" in errors
+    assert f"{bad[0]}: the checksum of its IDAT chunk is wrong" in errors
     assert f"{bad[1]}: not an image" in errors
     assert f"{bad[2]}: its label is '9' in the tar" in errors
     left = Index.load(train)
@@ -90,7 +91,11 @@ def test_what_cannot_be_used_goes_into_quarantine(
 
 
 def test_an_image_that_making_took_by_its_header_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hurt = picture(1)[:100] + bytes(900) + picture(1)[1000:]
+    whole = picture(1)
+    start = whole.index(b"IDAT")
+    end = start + 4 + int.from_bytes(whole[start - 4 : start], "big")
+    chunk = whole[start : start + 100] + bytes(900) + whole[start + 1000 : end]
+    hurt = whole[:start] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + whole[end + 4 :]
     samples = [Sample("good", "a", picture(2)), Sample("hurt", "a", hurt)]
     (made,) = make_samples(samples, tmp_path / "out")
     assert len(made.index) == 2
@@ -124,10 +129,13 @@ def test_a_quarantine_of_other_shards_is_refused(out: Path) -> None:
 
 def test_shards_that_are_gone_or_cut_are_named(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "train" / "shard-000001.tar").unlink()
+    (out / "train" / "shard-000000.tar").unlink()
+    os.mkfifo(out / "train" / "shard-000000.tar")
     os.truncate(out / "train" / "shard-000002.tar", 0)
     os.truncate(out / "train" / "shard-000003.tar", 10_000)
     code, printed, errors = said(capsys, "check", out / "train")
     assert code == 2
+    assert "shard-000000.tar: has 0 bytes" in errors
     assert "shard-000001.tar: cannot be read (" in errors
     assert "shard-000002.tar: has 0 bytes" in errors
     assert "shard-000003.tar: has 10000 bytes" in errors

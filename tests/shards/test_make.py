@@ -20,6 +20,7 @@ from shards import sources
 from shards.__main__ import main
 from shards.index import Index
 from shards.make import ShardSize, make
+from tests.common import ROOT, tree
 
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "owl": (30, 30, 200)}
 
@@ -39,10 +40,6 @@ def source(tmp_path: Path) -> Path:
             place = folder / name / "deeper" if number == 3 else folder / name
             draw(place / f"{name} {number}.v1.{'png' if number % 2 else 'jpeg'}", colour)
     return folder
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_digits_are_split_by_class_and_smooth(tmp_path: Path) -> None:
@@ -101,7 +98,7 @@ def test_splits_share_the_classes(source: Path, tmp_path: Path) -> None:
         for name in names:
             (tmp_path / "in" / split).mkdir(parents=True, exist_ok=True)
             os.symlink(source / name, tmp_path / "in" / split / name)
-    assert main(["make", "folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert main(["make", "folder", str(tmp_path / "in"), str(tmp_path / "out"), "--extra-classes"]) == 0
     indices = {split: Index.load(tmp_path / "out" / split) for split in ("train", "val", "test")}
     assert {index.classes for index in indices.values()} == {("cat", "dog", "owl")}
     assert [np.bincount(index.label, minlength=3).tolist() for index in indices.values()] == [
@@ -148,7 +145,7 @@ def test_unreadable_files_are_skipped_and_named(
     (source / "cat" / "cut.jpg").write_bytes(whole[:-20])
     (source / "cat" / "notes.txt").write_text("no image")
     (source / "dog" / "empty.png").touch()
-    (source / "dog" / "gone.jpg").symlink_to(source / "nowhere")
+    os.mkfifo(source / "dog" / "pipe.jpg")
     (source / "dog" / "cutoff.png").write_bytes((source / "dog" / "dog 1.v1.png").read_bytes()[:-40])
     (source / "owl" / ".hidden.jpg").write_bytes(b"x")
     (source / ".cache").mkdir()
@@ -160,7 +157,7 @@ def test_unreadable_files_are_skipped_and_named(
         ["cat/notes.txt", "not an image"],
         ["dog/cutoff.png", "the file is truncated"],
         ["dog/empty.png", "the file is empty"],
-        ["dog/gone.jpg", "No such file or directory"],
+        ["dog/pipe.jpg", "a link, a pipe or a device, not a file"],
     ]
     assert manifest["per_class"] == {"cat": 8, "dog": 9, "owl": 10}
     assert "5 skipped, see manifest.json (cat/cut.jpg: the file is truncated; ...)" in capsys.readouterr().out
@@ -274,8 +271,26 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source: Path, tmp_
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files_only, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "cannot be written (File too large); free space and give the same command again" in done.stderr
+    assert "cannot be written (File too large); free space and run the same command again" in done.stderr
     assert os.listdir(tmp_path / "out") == [".making"]
     assert main(words) == 0
     assert main([*words[:3], str(tmp_path / "whole"), *words[4:]]) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_script_that_its_workers_would_run_again_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import threading\n"
+        "from pathlib import Path\n"
+        "import numpy as np\n"
+        "from shards.make import Sample, ShardSize, make_samples\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "made = (Sample(str(n), 'ab'[n % 2], np.full((8, 8, 3), n, np.uint8)) for n in range(4))\n"
+        f"make_samples(made, Path({str(tmp_path / 'out')!r}), ShardSize(samples=2), workers=2)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    last = done.stderr.splitlines()[-1]
+    assert "DataError: a worker process ended before it had done anything" in last
+    assert "if __name__ == '__main__':" in last

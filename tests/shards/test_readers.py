@@ -13,7 +13,7 @@ from PIL import Image
 
 from shards import sources
 from shards.__main__ import main
-from shards.images import AS_IS, Storing
+from shards.images import KEEP, Encoding
 from shards.index import Index
 from shards.make import ShardSize, make
 
@@ -40,8 +40,8 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             path = folder / "in" / f"class {number % 12}" / Path(member.name).name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.read())
-    storing = Storing(max_size=64) if request.param.endswith("re-encoded") else AS_IS
-    make(sources.folder(folder / "in"), folder / "out", ShardSize(samples=100), storing=storing)
+    encoding = Encoding(max_size=64) if request.param.endswith("re-encoded") else KEEP
+    make(sources.folder(folder / "in"), folder / "out", ShardSize(samples=100), encoding=encoding)
     return folder / "out" / "train"
 
 

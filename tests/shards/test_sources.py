@@ -19,6 +19,7 @@ from PIL import Image
 from shards.__main__ import main
 from shards.index import Index
 from shards.make import Sample, ShardSize, make_samples
+from tests.common import refusal, tree
 
 SYNSETS = ("n01440764", "n01494475", "n01514859", "n02096177")
 
@@ -34,14 +35,6 @@ def pack(files: Mapping[str, bytes], compression: str = "") -> bytes:
     return file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def jpegs(test_data: Path) -> list[bytes]:
-    """40 real JPEGs of ImageNet."""
-    with tarfile.open(test_data / "data" / "imagenet-250.tar") as tar:
-        files = [tar.extractfile(member) for member in tar if member.isfile()][:40]
-        return [file.read() for file in files if file]
-
-
 def stored(split: Path) -> dict[str, list[bytes]]:
     """The encoded images of a split by class."""
     index = Index.load(split)
@@ -53,19 +46,6 @@ def stored(split: Path) -> dict[str, list[bytes]]:
             file.seek(offset)
             images[index.classes[label]].append(file.read(size))
     return {name: sorted(found) for name, found in images.items()}
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def one_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert len(printed.err.splitlines()) == 1
-    return printed.err
 
 
 class Originals:
@@ -183,40 +163,43 @@ def test_what_is_wrong_with_imagenet_is_one_line(
 ) -> None:
     command = ["make", "imagenet", originals.folder, tmp_path / "out"]
     train, truth = originals.folder / "ILSVRC2012_img_train.tar", originals.folder / "truth.txt"
-    assert "the classes of its images are not known; put ILSVRC2012_devkit" in one_line(capsys, *command)
+    assert "the classes of its images are not known; put ILSVRC2012_devkit" in refusal(capsys, *command)
     command += ["--val-labels", truth]
-    assert "truth.txt: cannot be read (No such file" in one_line(capsys, *command)
+    assert "truth.txt: cannot be read (No such file" in refusal(capsys, *command)
     truth.write_text("\n".join(originals.truth[1:]))
-    assert "has 7 entries, " in one_line(capsys, *command)
+    assert "has 7 entries, " in refusal(capsys, *command)
     truth.write_text("\n".join(["n99999999", *originals.truth[1:]]))
-    assert "its class n99999999 is none of the 4 of train" in one_line(capsys, *command)
+    assert "its class n99999999 is none of the 4 of train" in refusal(capsys, *command)
     truth.write_bytes(originals.lines)
-    assert "devkit's meta.mat, which must lie beside" in one_line(capsys, *command)
+    assert "devkit's meta.mat, which must lie beside" in refusal(capsys, *command)
     truth.write_bytes(b"\xff\xd8 an image")
-    assert "truth.txt: is no text" in one_line(capsys, *command)
+    assert "truth.txt: is no text" in refusal(capsys, *command)
     truth.write_bytes(originals.lines)
     (originals.folder / "meta.mat").write_bytes(originals.meta[:200])
-    assert "meta.mat of the devkit: cannot be understood" in one_line(capsys, *command)
+    assert "meta.mat of the devkit: cannot be understood" in refusal(capsys, *command)
     truth.write_text("\n".join(originals.truth))
     whole = train.read_bytes()
     train.write_bytes(whole[: len(whole) // 2])
-    assert "is cut off in n0" in one_line(capsys, *command)
+    assert "is cut off in n0" in refusal(capsys, *command)
     train.write_bytes(b"<html>not found</html>" * 100)
-    assert "is not a tar archive" in one_line(capsys, *command)
+    assert "is an HTML page, not a tar; fetch it again" in refusal(capsys, *command)
     train.write_bytes(pack({"n01440764/1.JPEG": b"x"}))
-    assert "not one tar per class" in one_line(capsys, *command)
+    assert "not one tar per class" in refusal(capsys, *command)
     train.write_bytes(pack({"n01440764.tar": pack({})}))
-    assert "n01440764.tar is empty" in one_line(capsys, *command)
-    assert "has neither ILSVRC2012_img_train.tar nor" in one_line(
-        capsys, "make", "imagenet", tmp_path, tmp_path / "out"
-    )
+    assert "n01440764.tar is empty" in refusal(capsys, *command)
+    assert "has neither ILSVRC2012_img_train.tar nor" in refusal(capsys, "make", "imagenet", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("compression", ["", "gz", "xz"])
 @pytest.mark.parametrize("top", ["", "photos/2024/"])
 def test_a_tar_gives_what_its_folder_gives(compression: str, top: str, jpegs: list[bytes], tmp_path: Path) -> None:
-    files = {f"{split}/{name}/{n}.jpg": jpegs[n + 8 * (split == "val")] for split in ("train", "val") for name in ("a", "b") for n in range(8)}  # fmt: skip
+    files = {
+        f"{split}/{name}/{n}.jpg": jpegs[n + 8 * (split == "val")]
+        for split in ("train", "val")
+        for name in ("a", "b")
+        for n in range(8)
+    }
     for name, content in files.items():
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(content)
@@ -245,7 +228,7 @@ def test_what_is_wrong_with_a_tar_is_one_line(tmp_path: Path, capsys: pytest.Cap
         (whole[:second] + bytes(range(256)) * 2 + whole[second + 512 :], f"is damaged or cut off at byte {second}"),
     ):
         path.write_bytes(content)
-        assert message in one_line(capsys, "make", "folder", path, tmp_path / "out")
+        assert message in refusal(capsys, "make", "folder", path, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -332,13 +315,13 @@ def test_what_is_wrong_with_cifar_is_one_line(
         ({**binary, "cifar-10-batches-bin/batches.meta.txt": b"a b"}, "names 2 classes, CIFAR-10 has 10"),
     ):
         (tmp_path / "in").write_bytes(pack(files, "gz"))
-        assert message in one_line(capsys, "make", "cifar10", tmp_path / "in", tmp_path / "out")
+        assert message in refusal(capsys, "make", "cifar10", tmp_path / "in", tmp_path / "out")
     packed = pack(python, "gz")
     for place in range(len(packed) // 8, len(packed), len(packed) // 8):  # in pixels too, where the tar shows nothing
         (tmp_path / "in").write_bytes(packed[:place] + b"\xff" * 8 + packed[place + 8 :])
-        assert "in: " in one_line(capsys, "make", "cifar10", tmp_path / "in", tmp_path / "out")
+        assert "in: " in refusal(capsys, "make", "cifar10", tmp_path / "in", tmp_path / "out")
     (tmp_path / "in").write_text("no archive")
-    assert "is not an archive" in one_line(capsys, "make", "cifar10", tmp_path / "in", tmp_path / "out")
+    assert "is not an archive" in refusal(capsys, "make", "cifar10", tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "harmed").exists()
 

@@ -13,7 +13,7 @@ import pytest
 from dist_train.config import DataConfig
 from dist_train.data.reader import ShardReader
 from dist_train.errors import DataError
-from dist_train.preflight import open_split
+from dist_train.training.preflight import open_split
 from shards.__main__ import main
 from shards.index import UNLABELED, Index
 
@@ -90,6 +90,19 @@ def test_training_opens_a_list_like_any_split(whole: Path, tmp_path: Path) -> No
     assert main(["check", str(listed)]) == 0
 
 
+def test_a_split_that_stays_whole_keeps_its_fingerprint(whole: Path, tmp_path: Path) -> None:
+    """So runs on full data and on a part of it are evaluated on the same images, and can be compared."""
+    few, copy = subset(whole, tmp_path / "few", *PER_CLASS), subset(whole, tmp_path / "copy", *PER_CLASS, "--copy")
+    prints = {Index.load(folder / "test").fingerprint for folder in (whole, few)}
+    assert len(prints) == 1
+    assert len({Index.load(folder / "train").fingerprint for folder in (whole, few, copy)}) == 3
+    # Without one of its images it is the same as the whole split without that image.
+    for folder in (whole, few):
+        index = Index.load(folder / "test", quarantine=[3])
+        prints.add(index.fingerprint)
+    assert len(prints) == 2
+
+
 def test_a_list_moves_with_its_shards_and_misses_them_otherwise(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "a" / "digits")
     subset(tmp_path / "a" / "digits", tmp_path / "a" / "list", *PER_CLASS)
@@ -111,7 +124,12 @@ def test_a_list_that_was_changed_is_refused(whole: Path, tmp_path: Path) -> None
     folder = subset(whole, tmp_path / "list", *PER_CLASS) / "train"
     content = (folder / "index.bin").read_bytes()
     rows = np.frombuffer(content, "<i8").copy()
-    for at, value, message in ((5, 10**6, "must rise"), (3, rows[2], "must rise"), (401, 10, "has label 10"), (401, (rows[401] + 1) % 10, "fingerprint")):  # fmt: skip
+    for at, value, message in (
+        (5, 10**6, "must rise"),
+        (3, rows[2], "must rise"),
+        (401, 10, "has label 10"),
+        (401, (rows[401] + 1) % 10, "fingerprint"),
+    ):
         changed = rows.copy()
         changed[at] = value
         (folder / "index.bin").write_bytes(changed.tobytes())

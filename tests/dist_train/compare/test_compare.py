@@ -3,24 +3,29 @@
 import base64
 import io
 import re
+import shutil
 import sqlite3
+import subprocess
 
 import pytest
 from PIL import Image
 
 from dist_train import cli
+from dist_train.compare.files import markdown
 from dist_train.compare.grouping import compare
-from dist_train.compare.output import markdown
 from dist_train.compare.runs import read_folder, read_store
 from dist_train.config_file import load_config
-from dist_train.tracking import Tracker
+from dist_train.tracking.tracker import Tracker
 
 FILES = [
     "accuracy.csv",
     "accuracy.png",
+    "claims.csv",
     "comparison.html",
     "comparison.md",
     "comparison.txt",
+    "first_exit.png",
+    "gains.png",
     "runs.csv",
     "training.png",
 ]
@@ -59,7 +64,7 @@ def test_the_page_is_whole_without_a_network(make_run, compare_command, tmp_path
     assert "<h1>a &amp; &lt;b&gt;</h1>" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     pictures = re.findall(r"data:image/png;base64,([^\"]+)", page)
-    assert len(pictures) == 2
+    assert len(pictures) == 4
     for picture in pictures:
         Image.open(io.BytesIO(base64.b64decode(picture))).verify()
 
@@ -70,10 +75,17 @@ def test_folders_and_mlflow_give_the_same_comparison(make_run, compare_command):
         for step in (10, 20, 30)
     ]
     folders = [
-        make_run(f"{teachers}{seed}", [0.5 + 0.01 * seed, 0.6], seed=seed, lines=lines, data={"classes": "10"}, loss__teachers=teachers)
+        make_run(
+            f"{teachers}{seed}",
+            [0.5 + 0.01 * seed, 0.6],
+            seed=seed,
+            lines=lines,
+            data={"classes": "10"},
+            loss__teachers=teachers,
+        )
         for teachers in ("none", "later")
         for seed in (0, 1)
-    ]  # fmt: skip
+    ]
     uri = [track(folder) for folder in folders][-1]
     # After a kill, a run goes on from its checkpoint at step 10 and logs the steps 20 and 30 again.
     metrics = folders[0] / "metrics.jsonl"
@@ -93,10 +105,11 @@ def test_folders_and_mlflow_give_the_same_comparison(make_run, compare_command):
             assert (mine.fields, mine.series, mine.report) == (other.fields, other.series, other.report)
     assert from_folders.groups[0].runs[0].series["train/loss"][1] == (20, 0.95)
 
-    status, out, err = compare_command(
-        "--uri", uri, "--experiment", "dist_train", "--filter", "params.loss.teachers = 'later'"
-    )
-    assert (status, err) == (0, "")
+    for _ in range(2):
+        status, out, err = compare_command(
+            "--uri", uri, "--experiment", "dist_train", "--filter", "params.loss.teachers = 'later'"
+        )
+        assert (status, err) == (0, "")
     assert "later" not in markdown(compare(read_store(uri, "dist_train", "params.loss.teachers = 'none'")))
     assert f"in MLflow {uri}" in out
     # The comparison is a run of its own, with its files, and no run of the next comparison.
@@ -104,13 +117,63 @@ def test_folders_and_mlflow_give_the_same_comparison(make_run, compare_command):
 
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("dist_train").experiment_id
-    made = client.search_runs([experiment], "tags.`dist_train.comparison` = 'true'")
-    assert sorted(file.path for file in client.list_artifacts(made[0].info.run_id)) == FILES
+    made = client.search_runs([experiment], "tags.`dist_train.comparison` LIKE '%/comparison'")
+    assert len(made) == 1
+    of_a_single_group = [name for name in FILES if name not in ("first_exit.png", "gains.png")]
+    assert sorted(file.path for file in client.list_artifacts(made[0].info.run_id)) == of_a_single_group
     assert "exit 1" in made[0].data.tags["mlflow.note.content"]
     assert len(read_store(uri, "dist_train", "")) == 4
     trained = client.search_runs([experiment], "tags.classes = '10' and params.seed = '1'")
     assert len(trained) == 2
     assert "| 1 | 1.00 M | 51.00 |" in trained[0].data.tags["mlflow.note.content"]
+
+
+def test_a_comparison_of_other_runs_is_not_overwritten(make_run, compare_command, tmp_path):
+    a, b, c = (make_run(name, [0.5], loss__alpha=0.1 * n) for n, name in enumerate("abc"))
+    assert compare_command(a, b)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "comparison").iterdir()}
+    status, out, err = compare_command(a, c)
+    assert (status, out) == (2, "")
+    assert "comparison: has a comparison of other runs (b); give another --out, or --overwrite" in err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "comparison").iterdir()}
+    assert compare_command(b, a)[0] == 0
+    assert compare_command(a, c, "--overwrite")[0] == 0
+    assert ",c," in (tmp_path / "comparison" / "runs.csv").read_text()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium to measure the page")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_twenty_groups_fit_the_window(make_run, compare_command, tmp_path, width):
+    """Nothing makes the page wider than the window; at 1,200 pixels all columns are seen without scrolling a table."""
+    teachers, schedules = ("none", "last", "later", "next"), ("constant", "cosine", "multistep")
+    folders = [
+        make_run(
+            f"cifar10-{teachers[number % 4]}-{number}-seed{seed}",
+            [0.4 + 0.05 * m + 0.001 * seed for m in range(11)],
+            seed=seed,
+            loss__teachers=teachers[number % 4],
+            loss__alpha=0.05 * number,
+            optim__lr=0.01 + 0.01 * number,
+            optim__schedule=schedules[number % 3],
+            optim__weight_decay=1e-4 * number,
+            data__crop_padding=number,
+        )
+        for number in range(20)
+        for seed in (0, 1)
+    ]
+    assert compare_command(*folders, "--no-track")[0] == 0
+    page = tmp_path / "comparison" / "comparison.html"
+    sizes = (
+        "<script>document.title = [document.documentElement.scrollWidth, innerWidth, "
+        "...[...document.querySelectorAll('.scroll')].map(one => one.scrollWidth - one.clientWidth)].join(' ')</script>"
+    )
+    page.write_text(page.read_text().replace("</body>", sizes + "</body>"))
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    found = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=120)
+    whole, window, *tables = map(int, re.search(r"<title>([\d ]+)</title>", found.stdout)[1].split())
+    assert whole <= window == width
+    assert len(tables) == 5
+    assert width < 1200 or tables == [0] * 4
 
 
 def test_bad_input_is_one_line(make_run, compare_command, tmp_path):

@@ -5,29 +5,31 @@ import io
 
 import pytest
 
-from dist_train.compare.grouping import Spread, compare, difference
+from dist_train.compare.files import text
+from dist_train.compare.grouping import LONGEST_LABEL, MeanStd, compare, difference
 from dist_train.compare.runs import read_folder
-from dist_train.compare.tables import accuracy_csv, runs_csv
+from dist_train.compare.tables import accuracy_csv, runs_csv, tables
+from dist_train.render.table import TEXT_WIDTH
 
 
 def test_runs_that_differ_only_in_seed_are_one_group(make_run):
     folders = [
         make_run("a0", [0.50, 0.60], seed=0, loss__teachers="none"),
-        make_run("b0", [0.54, 0.60], seed=0, loss__teachers="later", loss__mix=0.3),
+        make_run("b0", [0.54, 0.60], seed=0, loss__teachers="later", loss__alpha=0.3),
         make_run("a1", [0.60, 0.64], seed=1, loss__teachers="none", tracking__experiment="other", checkpoint__keep=5),
-        make_run("b1", [0.66, 0.64], seed=1, loss__teachers="later", loss__mix=0.3),
+        make_run("b1", [0.66, 0.64], seed=1, loss__teachers="later", loss__alpha=0.3),
     ]
     comparison = compare([read_folder(folder) for folder in folders])
     first, second = comparison.groups
     assert [run.name for run in first.runs] == ["a0", "a1"]
-    assert comparison.fields == ["loss.teachers", "loss.mix"]
-    assert (first.label, second.label) == ("teachers none, mix 0.5", "teachers later, mix 0.3")
+    assert comparison.fields == ["loss.teachers", "loss.alpha"]
+    assert (first.label, second.label) == ("teachers none, alpha 0.5", "teachers later, alpha 0.3")
     top1 = first.spread(1)
     assert (top1.mean, top1.sd, top1.n) == (pytest.approx(0.55), pytest.approx(0.1 / 2**0.5), 2)
     # At equal seeds: 0.04 and 0.06, and twice 0, although the accuracies themselves spread by far more.
     change = comparison.difference(second, 1)
     assert (change.mean, change.sd, change.n) == (pytest.approx(0.05), pytest.approx(0.02 / 2**0.5), 2)
-    assert comparison.difference(second, 2) == Spread(0.0, 0.0, 2)
+    assert comparison.difference(second, 2) == MeanStd(0.0, 0.0, 2)
     assert comparison.difference(first, 1) is None
     rows = list(csv.DictReader(io.StringIO(accuracy_csv(comparison))))
     assert [float(row["top1"]) for row in rows] == pytest.approx([0.55, 0.62, 0.60, 0.62])
@@ -42,13 +44,13 @@ def test_difference_without_common_seeds_is_that_of_the_means():
     assert change.sd == pytest.approx((0.02 + 0.04) ** 0.5)
     assert difference({"0": 0.1}, {"1": 0.4}).sd is None
     assert difference({}, {"1": 0.4}) is None
-    assert difference({"0": 0.25}, {"0": 0.5, "1": 9.0}) == Spread(0.25, None, 1)
+    assert difference({"0": 0.25}, {"0": 0.5, "1": 9.0}) == MeanStd(0.25, None, 1)
 
 
 def test_a_difference_has_the_base_it_was_given(make_run):
     names = ["few, plain", "few, taught", "many, plain", "many, taught"]
     tops = [[0.1], [0.3], [0.6], [0.7]]
-    folders = [make_run(f"r{n}", top, loss__mix=0.1 * (n + 1)) for n, top in enumerate(tops)]
+    folders = [make_run(f"r{n}", top, loss__alpha=0.1 * (n + 1)) for n, top in enumerate(tops)]
     labels = {f"r{n}": name for n, name in enumerate(names)}
     bases = {name: name.split(",")[0] + ", plain" for name in names}
     comparison = compare([read_folder(folder) for folder in folders], labels=labels, bases=bases)
@@ -76,29 +78,31 @@ def test_groups_have_different_names(make_run):
 def test_reports_on_other_images_are_not_compared(make_run):
     data = {"val_data": "aaaa"}
     runs = [
-        make_run("a", [0.5], data=data, loss__mix=0.1),
-        make_run("b", [0.7], data=data, loss__mix=0.2, report={"split": "test"}),
-        make_run("c0", [0.7], data=data, loss__mix=0.3, report={"split": "val", "data": "aaaa"}),
-        make_run("c1", [0.7], data=data, loss__mix=0.3, report={"split": "val", "data": "bbbb"}, seed=1),
-        make_run("d", [0.8], data=data, loss__mix=0.4, report={"split": "val", "data": "aaaa"}),
+        make_run("a", [0.5], data=data, loss__alpha=0.1),
+        make_run("b", [0.7], data=data, loss__alpha=0.2, report={"split": "test"}),
+        make_run("c0", [0.7], data=data, loss__alpha=0.3, report={"split": "val", "data": "aaaa"}),
+        make_run("c1", [0.7], data=data, loss__alpha=0.3, report={"split": "val", "data": "bbbb"}, seed=1),
+        make_run("d", [0.8], data=data, loss__alpha=0.4, report={"split": "val", "data": "aaaa"}),
     ]
     comparison = compare([read_folder(folder) for folder in runs])
     _, b, c, d = comparison.groups
     assert [comparison.difference(group, 1) for group in (b, c)] == [None, None]
     assert comparison.difference(d, 1).mean == pytest.approx(0.3)
     notes = "\n".join(comparison.notes)
-    assert "mix 0.2: other evaluation images (aaaa and the split test) than mix 0.1; no differences are given" in notes
-    assert "mix 0.3: its runs are evaluated on different images (aaaa/bbbb), its means are of both" in notes
-    assert "mix 0.4" not in notes
+    assert (
+        "alpha 0.2: other evaluation images (aaaa and the split test) than alpha 0.1; no differences are given" in notes
+    )
+    assert "alpha 0.3: its runs are evaluated on different images (aaaa/bbbb), its means are of both" in notes
+    assert "alpha 0.4" not in notes
 
 
 def test_what_cannot_be_compared_is_said_and_the_rest_compared(make_run):
     runs = [
-        make_run("a", [0.5, 0.6], data={"classes": "10", "val_data": "aaaa"}, loss__mix=0.1),
-        make_run("b", [0.7, 0.8], data={"classes": "100", "val_data": "bbbb"}, loss__mix=0.2),
-        make_run("c", None, data={"classes": "10", "val_data": "aaaa"}, loss__mix=0.3),
-        make_run("d", [0.6], data={"classes": "10", "val_data": "aaaa"}, loss__mix=0.4),
-        make_run("e", [0.9], images=50, loss__mix=0.5),
+        make_run("a", [0.5, 0.6], data={"classes": "10", "val_data": "aaaa"}, loss__alpha=0.1),
+        make_run("b", [0.7, 0.8], data={"classes": "100", "val_data": "bbbb"}, loss__alpha=0.2),
+        make_run("c", None, data={"classes": "10", "val_data": "aaaa"}, loss__alpha=0.3),
+        make_run("d", [0.6], data={"classes": "10", "val_data": "aaaa"}, loss__alpha=0.4),
+        make_run("e", [0.9], images=50, loss__alpha=0.5),
     ]
     comparison = compare([read_folder(folder) for folder in runs])
     _, b, c, d, e = comparison.groups
@@ -109,7 +113,67 @@ def test_what_cannot_be_compared_is_said_and_the_rest_compared(make_run):
     assert comparison.difference(d, 2) is None
     assert comparison.difference(e, 1) is None
     notes = "\n".join(comparison.notes)
-    assert "other classes (10 and 100), evaluation images (aaaa and bbbb) than mix 0.1" in notes
+    assert "other classes (10 and 100), evaluation images (aaaa and bbbb) than alpha 0.1" in notes
     assert "c: no finished evaluation" in notes
-    assert "mix 0.4: 1 exits, mix 0.1 has 2" in notes
+    assert "alpha 0.4: 1 exits, alpha 0.1 has 2" in notes
     assert "number of evaluation images (100 and 50)" in notes
+
+
+def test_long_labels_become_names_and_the_settings_are_one_table(make_run):
+    schedules = ("constant", "cosine", "multistep")
+    folders = [
+        make_run(
+            f"try_{number}-seed{seed}",
+            [0.5, 0.6],
+            seed=seed,
+            loss__alpha=0.1 * (number + 1),
+            optim__schedule=schedule,
+            data__shards=f"data/cifar10_with_few_labels_{number}",
+            optim__weight_decay=number * 1e-4,
+        )
+        for number, schedule in enumerate(schedules)
+        for seed in (0, 1)
+    ]
+    comparison = compare([read_folder(folder) for folder in folders])
+    assert [group.label for group in comparison.groups] == ["try_0", "try_1", "try_2"]
+    settings = tables(comparison)[0]
+    assert settings.header == ["", "try_0", "try_1", "try_2"]
+    assert ["optim.schedule", *schedules] in settings.rows
+    assert [row[0] for row in settings.rows] == comparison.fields
+
+
+def test_a_variant_is_called_as_its_study_called_it(make_run):
+    names = {"none": "labels alone", "later": "later exits teach"}
+    folders = [
+        make_run(f"r{number}", [0.5], seed=number % 2, loss__teachers=teachers, tracking__group=names[teachers])
+        for number, teachers in enumerate(("none", "none", "later", "later"))
+    ]
+    assert [group.label for group in compare([read_folder(folder) for folder in folders]).groups] == list(
+        names.values()
+    )
+
+
+def test_names_that_collide_are_told_apart(make_run):
+    long = "x" * 45
+    folders = [
+        make_run(f"{long}{n}", [0.5], data__shards=f"data/{long}/{n}", loss__alpha=0.1 * n, optim__lr=0.1 + n)
+        for n in range(3)
+    ]
+    names = [group.label for group in compare([read_folder(folder) for folder in folders]).groups]
+    assert len(set(names)) == 3
+    assert max(map(len, names)) <= LONGEST_LABEL
+
+
+def test_text_stays_within_a_terminal(make_run):
+    folders = [
+        make_run(
+            f"run_{number}", [0.5 + 0.01 * m for m in range(11)], loss__alpha=0.01 * number, optim__lr=0.1 + number
+        )
+        for number in range(20)
+    ]
+    comparison = compare([read_folder(folder) for folder in folders])
+    printed = text(comparison)
+    assert max(map(len, printed.splitlines())) <= TEXT_WIDTH
+    # Nothing is cut: every label, and the last exit's accuracy of every group, is there.
+    assert all(name in printed for name in comparison.names.values())
+    assert printed.count("60.00") == 20

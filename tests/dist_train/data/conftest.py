@@ -59,13 +59,16 @@ def make_loader() -> Iterator[MakeLoader]:
     made: list[Loader] = []
 
     def make_one(folder: Path, *, train: bool = True, **options: Any) -> Loader:
-        data = {
-            name: options.pop(name) for name in list(options) if name in DataConfig.model_fields and name != "threads"
-        }
+        data = {name: options.pop(name) for name in list(options) if name in DataConfig.model_fields}
         arguments: dict[str, Any] = {
-            "seed": 5, "global_batch": 48, "micro_batch": 16, "rank": 0, "world_size": 1,
-            "device": torch.device("cpu"), "threads": 1,
-        } | options  # fmt: skip
+            "seed": 5,
+            "global_batch": 48,
+            "micro_batch": 16,
+            "rank": 0,
+            "world_size": 1,
+            "device": torch.device("cpu"),
+            "threads": 1,
+        } | options
         made.append(
             Loader(Index.load(folder), folder, DataConfig(shards=folder.parent, **data), train=train, **arguments)
         )

@@ -8,7 +8,7 @@ import pytest
 
 from dist_train.config import DataConfig
 from dist_train.data import augment
-from dist_train.data.counter import Purpose, uniform
+from dist_train.data.rng import Purpose, uniform
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 SIZES = np.array([[375, 500], [500, 375], [32, 32], [1200, 90], [20, 900], [1, 1], [2, 3]], dtype=np.int64)
@@ -76,7 +76,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 VARIED = {
     "pad_crop": {"color_jitter": (0.4, 0.4, 0.4, 0.1)},
-    "resized_crop": {"rand_augment": (2, 9), "erase": 0.5},
+    "resized_crop": {"rand_augment": (2, 9), "random_erasing": 0.5},
     "none": {},
 }
 

@@ -32,7 +32,7 @@ def ids(micros: list[MicroBatch]) -> list[int]:
 
 
 def test_epoch_follows_the_order_with_the_right_labels(digits: Path, make_loader: MakeLoader) -> None:
-    loader = make_loader(digits / "train", window=3)
+    loader = make_loader(digits / "train", shuffle_shards=3)
     index = Index.load(digits / "train")
     batches = list(loader.epoch(4))
     assert [batch.number for batch in batches] == list(range(loader.order.steps_per_epoch)) == list(range(1437 // 48))
@@ -191,7 +191,7 @@ def reference(folder: Path, samples: Iterable[int]) -> torch.Tensor:
 
 
 def test_pad_crop_mirrors_and_shifts_over_the_mean_colour(digits: Path, make_loader: MakeLoader) -> None:
-    micro = flat(make_loader(digits / "train", pad=4).epoch(1))[0]
+    micro = flat(make_loader(digits / "train", crop_padding=4).epoch(1))[0]
     plain = reference(digits / "train", micro.ids.tolist())
     flips = augment.flips(5, 1, micro.ids.numpy())
     shifts = augment.shifts(5, 1, micro.ids.numpy(), 4)
@@ -229,7 +229,7 @@ def test_mixed_repeated_batches_are_the_same_on_any_number_of_ranks_and_resumed(
     for path in (digits / "train").glob("*.tar"):
         (tmp_path / path.name).symlink_to(path)
     replace(index, label=np.where(np.arange(len(index)) % 5 == 0, index.label, UNLABELED)).save(tmp_path)
-    options = {"labeled_share": 0.25, "repeats": 2, "class_balanced": True, "micro_batch": 8}
+    options = {"labeled_fraction": 0.25, "repeated_augment": 2, "class_balanced": True, "micro_batch": 8}
     batches = [(batch.labeled, list(batch)) for batch in make_loader(tmp_path, **options).epoch(1)]
     assert {labeled for labeled, _ in batches} == {12}
     whole = [micro for _, micros in batches for micro in micros]

@@ -11,7 +11,7 @@ import torch
 from dist_train.config import DataConfig, LossConfig
 from dist_train.data.mix import mix, partners, shares
 from dist_train.data.pipeline import Loader
-from dist_train.loss import ExitDistillation, LabelMix
+from dist_train.loss.objective import ExitDistillation, LabelMix
 from shards.index import UNLABELED, Index
 
 MakeLoader = Callable[..., Loader]
@@ -72,7 +72,7 @@ def test_mixed_batches_are_the_same_on_any_number_of_ranks_and_the_loss_takes_th
     for path in (digits / "train").glob("*.tar"):
         (tmp_path / path.name).symlink_to(path)
     replace(index, label=np.where(np.arange(len(index)) % 3 == 0, index.label, UNLABELED)).save(tmp_path)
-    options = {"micro_batch": 8, "labeled_share": 0.5, **BOTH}
+    options = {"micro_batch": 8, "labeled_fraction": 0.5, **BOTH}
     whole = [list(batch) for batch in make_loader(tmp_path, **options).epoch(1, start_batch=5)]
     loaders = [make_loader(tmp_path, rank=rank, world_size=3, **options) for rank in range(3)]
     together = [

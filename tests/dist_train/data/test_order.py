@@ -88,17 +88,17 @@ def test_replacements_are_the_next_of_the_order_of_the_same_kind() -> None:
 BATCH = 24
 LABEL = np.where(np.arange(500) % 9 < 2, np.arange(500) % 5, UNLABELED)
 SAMPLED = [
-    {"labeled_share": 0.25},
-    {"labeled_share": 0.9},
+    {"labeled_fraction": 0.25},
+    {"labeled_fraction": 0.9},
     {"class_balanced": True},
-    {"repeats": 3},
-    {"labeled_share": 0.5, "class_balanced": True, "repeats": 2},
-    {"labeled_share": 0.25, "last_batch": "wrap"},
+    {"repeated_augment": 3},
+    {"labeled_fraction": 0.5, "class_balanced": True, "repeated_augment": 2},
+    {"labeled_fraction": 0.25, "last_batch": "wrap"},
 ]
 
 
 def sampled(label: np.ndarray = LABEL, batch: int = BATCH, **options: object) -> order.Order:
-    data = DataConfig(shards=Path("x"), window=4, **options)  # type: ignore[arg-type]
+    data = DataConfig(shards=Path("x"), shuffle_shards=4, **options)  # type: ignore[arg-type]
     return order.Order(SIZES, label, data, 3, batch)
 
 
@@ -109,7 +109,7 @@ def batches(views: np.ndarray, made: order.Order, batch: int = BATCH) -> np.ndar
 
 @pytest.mark.parametrize(("share", "labeled"), [(0.25, 6), (0.5, 12), (0.9, 22)])
 def test_every_global_batch_has_the_same_number_of_labeled_images_spread_evenly(share: float, labeled: int) -> None:
-    made = sampled(labeled_share=share)
+    made = sampled(labeled_fraction=share)
     for epoch in (0, 1, 7):
         known = LABEL[batches(made.epoch(epoch), made) % 500] != UNLABELED
         assert known.sum(axis=1).tolist() == [labeled] * made.steps_per_epoch
@@ -120,7 +120,7 @@ def test_every_global_batch_has_the_same_number_of_labeled_images_spread_evenly(
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
 def test_an_epoch_is_one_pass_over_the_longer_part_and_the_shorter_goes_round(share: float) -> None:
-    made = sampled(labeled_share=share)
+    made = sampled(labeled_fraction=share)
     known = np.flatnonzero(LABEL != UNLABELED)
     unknown = np.flatnonzero(LABEL == UNLABELED)
     labeled = round(share * BATCH)
@@ -156,9 +156,52 @@ def test_classes_are_balanced_in_every_pass_and_in_every_stretch() -> None:
     assert np.abs(shares - 100 / 3).max() < 20
 
 
+WEIGHTS = np.repeat([2.0, 1.0, 0.5, 2.25], [100, 200, 100, 100])
+
+
+@pytest.mark.parametrize("last_batch", ["drop", "wrap"])
+def test_every_image_of_a_mixture_comes_as_often_as_its_weight_says(last_batch: str) -> None:
+    data = DataConfig(shards=Path("x"), shuffle_shards=4, last_batch=last_batch)
+    made = order.Order(SIZES, LABEL, data, 3, BATCH, weight=WEIGHTS)
+    assert made.pass_size == 200 + 200 + 50 + 225
+    assert made.steps_per_epoch == (675 // BATCH if last_batch == "drop" else -(-675 // BATCH))
+    seen = np.zeros(500, dtype=np.int64)
+    for epoch in range(4):
+        views = made.epoch(epoch)
+        times = np.bincount(views % 500, minlength=500)
+        assert len(views) == len(set(views)) == 675
+        assert (times[:100] == 2).all()
+        assert (times[100:300] == 1).all()
+        assert np.bincount(times[300:400]).tolist() == [50, 50]
+        assert np.bincount(times[400:]).tolist() == [0, 0, 75, 25]
+        seen += times
+        # Any tenth of the epoch has of every part the share that the whole has.
+        tenths = np.stack(
+            [np.bincount(np.digitize(part % 500, [100, 300, 400]), minlength=4) for part in views[:670].reshape(10, 67)]
+        )
+        assert np.abs(tenths - 67 / 675 * np.array([200, 200, 50, 225])).max() <= 3
+    # Over four epochs every image came exactly four times its weight.
+    assert (seen == 4 * WEIGHTS).all()
+
+
+def test_a_mixture_of_weight_one_is_the_plain_order_and_of_equal_weights_one_shuffling() -> None:
+    data = DataConfig(shards=Path("x"), shuffle_shards=4)
+    plain = order.Order(SIZES, LABEL, data, 3, BATCH)
+    assert np.array_equal(plain.epoch(2), order.Order(SIZES, LABEL, data, 3, BATCH, weight=np.ones(500)).epoch(2))
+    twice = order.Order(SIZES, LABEL, data, 3, BATCH, weight=np.full(500, 2.0))
+    assert np.array_equal(np.sort(twice.epoch(1)), np.arange(1000))
+
+
+def test_weights_do_not_go_with_other_ways_of_sampling() -> None:
+    for options in ({"class_balanced": True}, {"labeled_fraction": 0.25}, {"repeated_augment": 2}):
+        data = DataConfig(shards=Path("x"), **options)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"data\.train has weights, with which"):
+            order.Order(SIZES, LABEL, data, 3, BATCH, weight=WEIGHTS)
+
+
 def test_the_appearances_of_a_rare_image_are_far_apart() -> None:
     label = (np.arange(1600) % 3 == 0).astype(np.int64)
-    data = DataConfig(shards=Path("x"), window=2, class_balanced=True)
+    data = DataConfig(shards=Path("x"), shuffle_shards=2, class_balanced=True)
     views = order.Order(np.full(32, 50), label, data, 0, BATCH).epoch(0)
     twice = np.flatnonzero(np.isin(np.arange(1600) + 1600, views))
     assert len(twice) == 800 - 534
@@ -168,7 +211,7 @@ def test_the_appearances_of_a_rare_image_are_far_apart() -> None:
 
 
 def test_repeats_put_other_views_of_an_image_far_apart_into_its_global_batch() -> None:
-    made = sampled(repeats=3)
+    made = sampled(repeated_augment=3)
     seen = np.zeros(500, dtype=np.int64)
     for epoch in range(3):
         rows = batches(made.epoch(epoch), made)
@@ -205,12 +248,16 @@ def test_a_replacement_is_another_image() -> None:
 @pytest.mark.parametrize(
     ("label", "options", "text"),
     [
-        (np.zeros(500, dtype=np.int64), {"labeled_share": 0.5}, "no unlabeled images; leave it out"),
-        (np.full(500, UNLABELED), {"labeled_share": 0.5}, "no labeled images; leave it out"),
-        (np.full(500, UNLABELED), {"class_balanced": True}, "class_balanced is true, but train has no labeled"),
-        (LABEL, {"labeled_share": 0.01}, r"of 24 images in a global batch is 0; allowed are 0.0417 to 0.958"),
-        (LABEL, {"repeats": 5}, r"global_batch is 24, which does not divide by data.repeats, 5; use 20 or 25"),
-        (LABEL, {"repeats": 48}, r"repeats, 48; use 48"),
+        (np.zeros(500, dtype=np.int64), {"labeled_fraction": 0.5}, "no unlabeled images; leave it out"),
+        (np.full(500, UNLABELED), {"labeled_fraction": 0.5}, "no labeled images; leave it out"),
+        (np.full(500, UNLABELED), {"class_balanced": True}, "class_balanced is true, but x/train has no labeled"),
+        (LABEL, {"labeled_fraction": 0.01}, r"of 24 images in a global batch is 0; allowed are 0.0417 to 0.958"),
+        (
+            LABEL,
+            {"repeated_augment": 5},
+            r"global_batch is 24, which does not divide by data.repeated_augment, 5; use 20 or 25",
+        ),
+        (LABEL, {"repeated_augment": 48}, r"repeated_augment, 48; use 48"),
     ],
 )
 def test_sampling_that_cannot_be(label: np.ndarray, options: dict[str, object], text: str) -> None:

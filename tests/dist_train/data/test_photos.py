@@ -101,7 +101,7 @@ def test_evaluation_view_agrees_with_pil(photos: Path, make_loader: MakeLoader) 
 def test_pad_crop_of_other_sizes_shows_what_lies_beside_the_centre(photos: Path, make_loader: MakeLoader) -> None:
     index = Index.load(photos)
     reader = ShardReader(index, photos)
-    micro = next(iter(next(iter(make_loader(photos, image_size=32, pad=4, flip=False).epoch(0)))))
+    micro = next(iter(next(iter(make_loader(photos, image_size=32, crop_padding=4, flip=False).epoch(0)))))
     shifts = augment.shifts(5, 0, micro.ids.numpy(), 4)
     for image, sample, (shift_y, shift_x) in zip(levels(micro.images), micro.ids.tolist(), shifts.tolist()):
         whole = picture(index, reader, sample)
@@ -119,7 +119,7 @@ def test_pixels_of_photos_do_not_depend_on_batching(
     photos: Path, make_loader: MakeLoader, other: dict[str, int]
 ) -> None:
     def by_id(**options: int) -> dict[int, torch.Tensor]:
-        varied = {"color_jitter": (0.4, 0.4, 0.4, 0.1), "rand_augment": (2, 9), "erase": 0.5}
+        varied = {"color_jitter": (0.4, 0.4, 0.4, 0.1), "rand_augment": (2, 9), "random_erasing": 0.5}
         loader = make_loader(photos, image_size=64, augment="resized_crop", **varied, **options)
         return {
             sample: image

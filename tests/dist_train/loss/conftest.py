@@ -25,6 +25,7 @@ def plain_objective(
     *,
     teachers: Tensor,
     label_weights: Tensor,
+    distill_weights: Tensor,
     temperature: Tensor,
     labeled: float,
     smoothing: float = 0.0,
@@ -38,7 +39,7 @@ def plain_objective(
     has_label = (y.sum(1) > 0).double()
     weights = torch.ones(samples).double() if weights is None else weights.double()
     loss = torch.zeros(()).double()
-    label_loss, kl = torch.zeros(exits), torch.zeros(exits, exits)
+    label_loss, kl = torch.zeros(exits), torch.zeros(exits)
     for m in range(exits):
         plain = -(y * z[m].log_softmax(1)).sum(1)
         even = -z[m].log_softmax(1).mean(1) * has_label
@@ -50,9 +51,10 @@ def plain_objective(
             teacher = (z[t].detach() / temperature[t].double()).log_softmax(1)
             cross = -(teacher.exp() * student).sum(1)
             divergence = cross + (teacher.exp() * teacher).sum(1)
-            kl[m, t] = (weights * divergence.detach()).sum()
+            kl[m] += teachers[m, t] * (weights * divergence.detach()).sum()
             value = cross if cross_entropy else divergence
-            loss = loss + teachers[m, t].double() * temperature[m].double() ** 2 * (weights * value).sum() / samples
+            weight = distill_weights[m].double() * teachers[m, t].double() * temperature[m].double() ** 2
+            loss = loss + weight * (weights * value).sum() / samples
     return Reference(loss.detach(), list(torch.autograd.grad(loss, z)), label_loss, kl)
 
 

@@ -8,7 +8,7 @@ import torch
 from dist_train.config import LossConfig
 from dist_train.config_file import make_config
 from dist_train.errors import ConfigError, DataError
-from dist_train.loss import ExitDistillation, LabelMix
+from dist_train.loss.objective import ExitDistillation, LabelMix
 
 LOGITS = [torch.zeros(4, 5) for _ in range(3)]
 LABELS = torch.zeros(4, dtype=torch.int64)
@@ -41,8 +41,8 @@ def test_what_does_not_fit_the_network(fields, exits, words):
         ({"label_weights": -1}, ["loss.label_weights", "-1", "finite", "at least 0"]),
         ({"label_weights": float("nan")}, ["loss.label_weights", "nan", "finite"]),
         ({"distill_weights": [1, float("inf")]}, ["loss.distill_weights", "inf"]),
-        ({"mix": 1.5}, ["loss.mix", "1.5", "less than or equal to 1"]),
-        ({"scale": 0}, ["loss.scale", "0", "greater than 0"]),
+        ({"alpha": 1.5}, ["loss.alpha", "1.5", "less than or equal to 1"]),
+        ({"weight": 0}, ["loss.weight", "0", "greater than 0"]),
         ({"temperature": 0}, ["loss.temperature", "holds 0", "finite number above 0"]),
         ({"temperature": [1, -2]}, ["loss.temperature", "holds -2", "above 0"]),
         ({"teachers": [[0, float("nan")], [0, 0]]}, ["loss.teachers", "nan", "finite"]),
@@ -104,8 +104,8 @@ def test_presets_fill_what_is_not_given():
     tree = {"data": {"shards": "nowhere"}}
     default = make_config(tree)
     assert default.loss == LossConfig(preset="paper")
-    assert (default.loss.scale, default.loss.teachers, default.loss.temperature_rule) == (2.0, "last", "anneal")
+    assert (default.loss.weight, default.loss.teachers, default.loss.temperature_rule) == (2.0, "last", "anneal")
     authors = make_config({**tree, "loss": {"preset": "authors"}}).loss
-    assert authors.scale == 10.0
-    assert make_config({**tree, "loss": {"preset": "authors", "scale": 3}}).loss.scale == 3.0
+    assert authors.weight == 10.0
+    assert make_config({**tree, "loss": {"preset": "authors", "weight": 3}}).loss.weight == 3.0
     assert LossConfig(**authors.model_dump()) == authors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -21,27 +22,17 @@ def test_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-8000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 30
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 60
 
 
-def resources(compiled, path):
-    """Registers, and bytes of stack, of a compiled kernel."""
-    path.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return registers, stack
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """Compiles a kernel, see :func:`sass.compile_kernel`."""
+    pytest.importorskip("triton")
+    from tests.dist_train.loss.sass import compile_kernel
 
-
-def compile_for(architecture, kernel, types, constants, **options):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = constants | {name: None for name, kind in types.items() if kind is None}
-    types = {name: kind or "constexpr" for name, kind in types.items()} | dict.fromkeys(constants, "constexpr")
-    types = {name: types[name] for name in kernel.arg_names}
-    source = ASTSource(kernel, signature=types, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return functools.partial(compile_kernel, tmp_path / "kernel.cubin")
 
 
 @pytest.mark.parametrize(
@@ -49,32 +40,46 @@ def compile_for(architecture, kernel, types, constants, **options):
     [(5, 1000, "bf16"), (7, 1000, "bf16"), (11, 100, "fp32"), (5, 21_841, "bf16"), (3, 10, "fp16")],
 )
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_compiled_without_spilled_registers(tmp_path, monkeypatch, architecture, exits, classes, dtype):
-    from dist_train.kernels.gpu import exit_loss_kernel, launch_settings
+def test_compiled_without_spilled_registers(compiled, architecture, exits, classes, dtype):
+    kernel = compiled(exits, classes, dtype, architecture=architecture)
+    assert kernel.stack == 0, f"{kernel.registers} registers and {kernel.stack} bytes of stack"
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    warps, settings = launch_settings(exits, classes)
-    options = {name: settings.pop(name) for name in ("maxnreg", "enable_fp_fusion") if name in settings}
-    floats = ["row_sums", "reader", "label_weights", "temperature", "rates", "labeled", "partials", "teachers"]
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("second", "share", "weights"))
-    types |= {
-        "logits": (f"*{dtype}",) * exits,
-        "grads": f"*{dtype}",
-        "targets": "*i64",
-        "stride": "i32",
-        "samples": "i32",
-        "headroom": "i32",
+
+@pytest.mark.parametrize(
+    ("exits", "rule", "smoothing", "targets"),
+    [
+        (11, "later", 0.0, "labels"),
+        (5, "ensemble", 0.0, "labels"),
+        (16, "last", 0.0, "labels"),
+        (11, "matrix", 0.1, "mix"),
+    ],
+)
+def test_other_rules_and_targets_without_spilled_registers(compiled, exits, rule, smoothing, targets):
+    kernel = compiled(exits, 1000, "bf16", rule, smoothing, targets)
+    assert kernel.stack == 0, f"{kernel.registers} registers and {kernel.stack} bytes of stack"
+
+
+# What tests/benchmarks/RESULTS.md says of sm_90; the goals are 3300 and 8000.
+@pytest.mark.parametrize(("exits", "instructions"), [(5, 3200), (11, 6970)])
+def test_instructions_of_a_sample(compiled, exits, instructions):
+    kernel = compiled(exits, 1000, "bf16", "last")
+    assert kernel.name == "single_pass_kernel"
+    assert 0.8 * instructions < kernel.per_sample.total() < 1.1 * instructions
+    assert kernel.stack == 0
+    # Rows of 1000 in bf16: four times 16 bytes in each of 32 threads; beside them only labels and their logits.
+    assert kernel.per_sample["LDG.E.128"] == kernel.per_sample["STG.E.128"] == 4 * exits
+    narrow = {
+        name: n for name, n in kernel.per_sample.items() if name.startswith(("LDG", "STG")) and ".128" not in name
     }
-    constants = {"M": exits, "K": classes, "SOFT": False, "SMOOTHING": 0.0} | settings
-    compiled = compile_for(architecture, exit_loss_kernel, types, constants, num_warps=warps, **options)
-    registers, stack = resources(compiled, tmp_path / "kernel.cubin")
-    assert stack == 0, f"{registers} registers and {stack} bytes of stack"
+    assert sum(narrow.values()) <= exits + 3, narrow
+    # One exponential per logit and temperature, and the label's.
+    assert kernel.per_sample["MUFU.EX2"] <= exits * 2 * (32 + 1) + 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_on_the_gpu():
     from dist_train.config import LossConfig
-    from dist_train.loss import ExitDistillation
+    from dist_train.loss.objective import ExitDistillation
 
     torch.manual_seed(0)
     criterion = ExitDistillation.from_config(LossConfig(teachers="later", temperature=2.0), 5)

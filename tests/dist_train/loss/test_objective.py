@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_train.config import LossConfig
-from dist_train.loss import ExitDistillation, LabelMix, teacher_matrix
+from dist_train.loss.objective import ExitDistillation, LabelMix, teacher_matrix
 
 SHAPES = [
     (1, 1, 1),
@@ -42,10 +42,11 @@ def assert_same(plain, criterion, logits, targets, distributions, **extra):
         distributions,
         teachers=criterion.teachers,
         label_weights=criterion.label_weights,
+        distill_weights=criterion.distill_weights,
         temperature=criterion.temperature,
         labeled=labeled,
         smoothing=config.label_smoothing,
-        cross_entropy=config.form == "cross_entropy",
+        cross_entropy=config.distill_loss == "cross_entropy",
         **extra,
     )
     close = {"rtol": 1e-5, "atol": 1e-5 * len(distributions)}
@@ -70,7 +71,7 @@ def test_shapes_and_dtypes(plain, shape, dtype):
     exits, samples, classes = shape
     logits = make_logits(*shape, dtype)
     labels = torch.randint(classes, (samples,))
-    criterion = ExitDistillation.from_config(LossConfig(teachers="later", temperature=1.7, scale=3.0), exits)
+    criterion = ExitDistillation.from_config(LossConfig(teachers="later", temperature=1.7, weight=3.0), exits)
     assert_same(plain, criterion, logits, labels, one_hot(labels, classes))
 
 
@@ -82,8 +83,8 @@ def test_teachers_temperatures_and_forms(plain, teachers, temperature, form):
     config = LossConfig(
         teachers=teachers,
         temperature=temperature,
-        form=form,
-        mix=0.3,
+        distill_loss=form,
+        alpha=0.3,
         label_weights=(1, 0, 2, 0.5),
         distill_weights=(1, 2, 0, 3),
     )
@@ -114,13 +115,13 @@ def test_targets(plain, kind, smoothing, weighted):
             share[:, None] * one_hot(labels, classes) + (1 - share)[:, None] * one_hot(second, classes)
         )
     extra = {"weights": torch.rand(samples)} if weighted else {}
-    config = LossConfig(teachers="later", temperature=2.0, label_smoothing=smoothing, form="kl")
+    config = LossConfig(teachers="later", temperature=2.0, label_smoothing=smoothing, distill_loss="kl")
     criterion = ExitDistillation.from_config(config, exits)
     assert_same(plain, criterion, make_logits(exits, samples, classes), targets, distributions, **extra)
 
 
 def test_a_batch_in_many_chunks_is_the_same(plain, monkeypatch):
-    monkeypatch.setattr("dist_train.kernels.cpu.CHUNK", 100)
+    monkeypatch.setattr("dist_train.loss.cpu.CHUNK", 100)
     torch.manual_seed(3)
     labels = torch.randint(10, (17,))
     labels[4] = -100
@@ -141,7 +142,7 @@ def test_gradcheck():
     torch.manual_seed(5)
     labels = torch.tensor([1, -100, 0])
     for config in (
-        LossConfig(teachers="none", mix=0.0),
+        LossConfig(teachers="none", alpha=0.0),
         LossConfig(teachers="none", label_smoothing=0.2, temperature=2.0),
     ):
         criterion = ExitDistillation.from_config(config, 3).double()
@@ -155,7 +156,7 @@ def test_gradcheck():
 
 def test_teachers_get_no_gradient():
     logits = make_logits(3, 4, 5)
-    criterion = ExitDistillation.from_config(LossConfig(mix=1.0), 3)
+    criterion = ExitDistillation.from_config(LossConfig(alpha=1.0), 3)
     *students, teacher = torch.autograd.grad(criterion(logits, torch.zeros(4, dtype=torch.int64)).loss, logits)
     assert not teacher.any()
     assert all(gradient.any() for gradient in students)
@@ -163,49 +164,84 @@ def test_teachers_get_no_gradient():
 
 # ----------------------------------------------------------------- values of the authors' code (float64, nine digits)
 
-SUM = {"scale": 1.0, "over_exits": "sum"}
+SUM = {"weight": 1.0, "reduction": "sum"}
 CONSTANT = {"temperature_rule": "constant"}
 DEEPER = [1 / (1 + 0.5 * teachers) for teachers in (3, 2, 1, 0)]
 GOLDEN = {
     "ClassificationOnly": (
-        {"teachers": "none", "mix": 0.0}, [0, 2, 4], [9.05303436], 0, [0.651249, 0.585806, 0.491144, 0.540297],
+        {"teachers": "none", "alpha": 0.0},
+        [0, 2, 4],
+        [9.05303436],
+        0,
+        [0.651249, 0.585806, 0.491144, 0.540297],
     ),
     "DistillationBased": (
-        {}, [0, 2, 4], [9.08070638, 9.37324971, 9.68931359], 3, [0.500221, 0.473813, 0.361377, 0.270149],
+        {},
+        [0, 2, 4],
+        [9.08070638, 9.37324971, 9.68931359],
+        3,
+        [0.500221, 0.473813, 0.361377, 0.270149],
     ),
     "DistillationBased, scale 2.5, maxprob 0.3": (
-        {"scale": 2.5, "anneal_above": 0.3}, [0, 2, 4], [22.70176596, 23.43312427, 24.22328396], 3,
+        {"weight": 2.5, "anneal_threshold": 0.3},
+        [0, 2, 4],
+        [22.70176596, 23.43312427, 24.22328396],
+        3,
         [1.250551, 1.184533, 0.903442, 0.675371],
     ),
     "ConstTemp": (
-        {"temperature": 4.0, **CONSTANT}, [0, 2, 4], [45.90405090], 0, [0.573599, 0.562484, 0.376279, 0.270149],
+        {"temperature": 4.0, **CONSTANT},
+        [0, 2, 4],
+        [45.90405090],
+        0,
+        [0.573599, 0.562484, 0.376279, 0.270149],
     ),
     "DistillationBased, one unlabeled": (
-        {}, [0, -100, 4], [9.26194622, 9.55448955], 2, [0.551456, 0.479726, 0.472675, 0.362798],
+        {},
+        [0, -100, 4],
+        [9.26194622, 9.55448955],
+        2,
+        [0.551456, 0.479726, 0.472675, 0.362798],
     ),
     "Next": ({"teachers": "next"}, [0, 2, 4], [7.53498678, 7.78666525], 2, [0.417002, 0.421946, 0.361377, 0.270149]),
     "Later": ({"teachers": "later"}, [0, 2, 4], [8.44979646, 8.72517598], 2, [0.467101, 0.436919, 0.361377, 0.270149]),
     "Last, weight_last False": (
-        {"label_weights": (1, 1, 1, 2)}, [0, 2, 4], [9.95233715, 10.24488047], 2, [0.500221, 0.473813, 0.361377, 0.540297],
+        {"label_weights": (1, 1, 1, 2)},
+        [0, 2, 4],
+        [9.95233715, 10.24488047],
+        2,
+        [0.500221, 0.473813, 0.361377, 0.540297],
     ),
     "EnsembleDist": (
-        {"teachers": "ensemble", "temperature": 2.0, **CONSTANT}, [0, 2, 4], [19.02959648], 0,
+        {"teachers": "ensemble", "temperature": 2.0, **CONSTANT},
+        [0, 2, 4],
+        [19.02959648],
+        0,
         [0.457758, 0.386988, 0.305306, 0.379893],
     ),
     "MaxprobEnsemble": ({"teachers": "ensemble"}, [0, 2, 4], [9.18187127], 0, [0.429140, 0.364564, 0.300750, 0.356670]),
     "DistillFromDeeper": (
         {
-            "teachers": "later", "temperature": 2.0, **CONSTANT, "label_weights": [2 * share for share in DEEPER],
+            "teachers": "later",
+            "temperature": 2.0,
+            **CONSTANT,
+            "label_weights": [2 * share for share in DEEPER],
             "distill_weights": [2 * (1 - share) for share in DEEPER],
         },
-        [0, 2, 4], [16.34660973], 0, [0.485893, 0.481578, 0.396846, 0.540297],
+        [0, 2, 4],
+        [16.34660973],
+        0,
+        [0.485893, 0.481578, 0.396846, 0.540297],
     ),
     # Exit 0 has three better later exits, exit 1 two; there each teacher weighs C, here they share a weight.
     "Selective": (
         {"teachers": "better", "temperature": 2.0, **CONSTANT, "label_weights": 2, "distill_weights": (3, 2, 1, 1)},
-        [0, 2, 4], [28.98969351], 0, [1.214732, 0.963156, 0.491144, 0.540297],
+        [0, 2, 4],
+        [28.98969351],
+        0,
+        [1.214732, 0.963156, 0.491144, 0.540297],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -248,7 +284,7 @@ def test_exitwise_baselines_are_the_label_part_of_the_presets_and_the_authors_pl
     for fields, factor in (
         ({"teachers": "none"}, 1 / 5),
         ({"preset": "authors", "teachers": "none"}, 5 / 5),
-        ({"teachers": "none", "mix": 0.0, **SUM}, 1.0),
+        ({"teachers": "none", "alpha": 0.0, **SUM}, 1.0),
     ):
         loss = ExitDistillation.from_config(LossConfig(**fields), 5)(logits, labels).loss
         torch.testing.assert_close(loss, factor * plain)
@@ -409,3 +445,36 @@ def test_small_gradients_survive_in_fp16():
     right = torch.autograd.grad(criterion(single, torch.zeros(4096, dtype=torch.int64)).loss * 1024, single)[0]
     assert float((gradient.float() - right).norm() / right.norm()) < 1e-3
     assert float((right / 1024).half().float().sub(right / 1024).norm() / (right / 1024).norm()) > 1e-3
+
+
+def test_the_stage_of_the_last_exit_alone_has_its_cross_entropy_and_keeps_the_temperature() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(8, 5, requires_grad=True) for _ in range(3)]
+    labels = torch.randint(5, (8,))
+    objective = ExitDistillation(LossConfig(anneal_threshold=0.0), 3)
+    both = objective(logits, labels).loss
+    objective.use_last_exit_alone()
+    loss, stats = objective(logits, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[2], labels))
+    assert not any(tensor.grad.any() for tensor in logits[:2])
+    objective.end_batch((stats.confidence, stats.samples))
+    assert (objective.temperature == 1).all()
+    assert objective.step == 0
+    objective.use_last_exit_alone(False)
+    assert objective(logits, labels).loss == both
+    objective.end_batch((stats.confidence, stats.samples))
+    assert (objective.temperature > 1).all()
+    assert objective.step == 1
+
+
+@pytest.mark.parametrize("teachers", TEACHERS)
+def test_the_gradients_of_several_passes_add_up_to_their_mean(teachers):
+    torch.manual_seed(0)
+    criterion = ExitDistillation(LossConfig(teachers=teachers), 3)
+    logits, labels = make_logits(3, 8, 5), torch.randint(5, (8,))
+    whole, part = (criterion(logits, labels, labeled=3.0, passes=passes) for passes in (1, 4))
+    torch.testing.assert_close(part.loss, whole.loss / 4)
+    torch.testing.assert_close(part.stats.vector, whole.stats.vector)
+    for quarter, gradient in zip(torch.autograd.grad(part.loss, logits), torch.autograd.grad(whole.loss, logits)):
+        torch.testing.assert_close(quarter, gradient / 4)

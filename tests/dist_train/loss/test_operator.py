@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dist_train.config import LossConfig
-from dist_train.loss import ExitDistillation, ExitStats, LabelMix
+from dist_train.loss.inputs import ExitWeights, LossOptions, Targets
+from dist_train.loss.objective import ExitDistillation, ExitStats, LabelMix
+from dist_train.loss.operator import exit_loss
 
 
 def make_case(exits=3, samples=6, classes=7, dtype=torch.float32, **fields):
@@ -16,21 +18,20 @@ def make_case(exits=3, samples=6, classes=7, dtype=torch.float32, **fields):
     return ExitDistillation.from_config(LossConfig(**fields), exits), logits, labels
 
 
+def exit_weights(criterion):
+    names = ("label_weights", "distill_weights", "teachers", "confidence_weights", "temperature")
+    return ExitWeights(*(getattr(criterion, name) for name in names), torch.tensor(6.0))
+
+
 def test_it_is_a_well_behaved_operator():
     criterion, logits, labels = make_case(teachers="later", temperature=2.0)
-    constants = (
-        criterion.teachers,
-        criterion.reader,
-        criterion.label_weights,
-        criterion.temperature,
-        torch.tensor(6.0),
-    )
-    arguments = (logits, labels, None, None, None, *constants, 0.1, False, True)
+    exits = exit_weights(criterion)
+    arguments = (logits, [labels, None, None, None], exits, "later", 0.1, False, True)
     torch.library.opcheck(torch.ops.dist_train.exit_loss.default, arguments)
     assert [output.requires_grad for output in torch.ops.dist_train.exit_loss(*arguments)] == [True, False, False]
     torch.library.opcheck(
         torch.ops.dist_train.exit_loss.default,
-        (logits, labels, labels, torch.rand(6), torch.rand(6), *constants, 0.0, True, False),
+        (logits, [labels, labels, torch.rand(6), torch.rand(6)], exits, "later", 0.0, True, False),
     )
 
 
@@ -65,11 +66,8 @@ def test_the_gradient_is_written_out_of_place_and_can_be_had_twice():
 
 def test_a_single_backward_pass_gives_the_gradient_away_without_writing_it_again():
     criterion, logits, labels = make_case()
-    constants = (criterion.teachers, criterion.reader, criterion.label_weights, criterion.temperature)
     for factor in (1, 3):
-        loss, _, made = torch.ops.dist_train.exit_loss(
-            logits, labels, None, None, None, *constants, torch.tensor(6.0), 0.0, True, True
-        )
+        loss, _, made = exit_loss(logits, Targets(labels), exit_weights(criterion), LossOptions("last"))
         before = made.clone()
         given = torch.autograd.grad(factor * loss, logits)
         assert [gradient.data_ptr() for gradient in given] == [gradient.data_ptr() for gradient in made]
@@ -133,8 +131,8 @@ def test_statistics_add_up():
     for part in (slice(0, 4), slice(4, 5), slice(5, 9)):
         parts.vector.add_(criterion([z[part] for z in logits], labels[part]).stats.vector)
     torch.testing.assert_close(parts.vector, whole.vector)
-    assert whole.vector.numel() == 3 * 3 + 3 * 3 + 5
-    layout = [whole.label_loss, whole.kl.flatten(), whole.top1, whole.top5]
+    assert whole.vector.numel() == 4 * 3 + 5
+    layout = [whole.label_loss, whole.kl, whole.top1, whole.top5]
     layout += [whole.confidence, whole.samples, whole.labeled, whole.bad_labels, whole.nonfinite]
     assert torch.equal(torch.cat([part.reshape(-1) for part in layout]), whole.vector)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dist_train.config import LossConfig
-from dist_train.loss import ExitDistillation
+from dist_train.loss.objective import ExitDistillation
 
 
 def criterion_for(exits=3, **fields):
@@ -19,7 +19,7 @@ def totals(mean, samples=8.0):
 
 
 def test_anneal_moves_above_the_threshold_only():
-    criterion = criterion_for(anneal_above=0.5, anneal_factor=1.1, temperature=(1.0, 2.0, 3.0))
+    criterion = criterion_for(anneal_threshold=0.5, anneal_factor=1.1, temperature=(1.0, 2.0, 3.0))
     for mean, factor in ((0.51, 1.1), (0.5, 1.1), (0.2, 1.1), (0.99, 1.21), (float("nan"), 1.21)):
         criterion.end_batch(totals(mean))
         assert criterion.temperature.tolist() == pytest.approx([factor, 2 * factor, 3 * factor])
@@ -75,7 +75,7 @@ def test_state_goes_on_exactly(rule):
 # ------------------------------------------------------------------------------------------------------- many ranks
 
 STEPS, EXITS, WIDTH, CLASSES, BATCH = 50, 3, 6, 4, 12
-RULES = {"teachers": "later", "anneal_above": 0.4, "label_smoothing": 0.1, "form": "kl"}
+RULES = {"teachers": "later", "anneal_threshold": 0.4, "label_smoothing": 0.1, "distill_loss": "kl"}
 
 
 class Network(nn.Module):

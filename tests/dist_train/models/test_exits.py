@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dist_train.config import ModelConfig
 from dist_train.errors import ConfigError
 from dist_train.models import ResNet, attach_exits, build_model
 from dist_train.models.cost import exit_costs
+from tests.common import network_config
 
 
 class VisionTransformer(nn.Module):
@@ -29,7 +29,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patches(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], 1)
+        tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], 1)
         return self.encoder(tokens + self.positions)
 
 
@@ -203,7 +203,7 @@ def test_own_heads() -> None:
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_resnet_by_configuration(norm: str) -> None:
-    config = ModelConfig(name="resnet", exits=("stages.0", "stages.1"), norm=norm, width=8)
+    config = network_config(name="resnet", exits=("stages.0", "stages.1"), norm=norm, width=8)
     network = build_model(config, 10, 32)
     assert network.num_exits == 3
     assert any(isinstance(m, nn.BatchNorm2d) for m in network.modules()) == (norm == "batch")
@@ -235,18 +235,18 @@ def test_compiled_is_the_same() -> None:
 
 
 def test_network_of_ones_own_by_configuration() -> None:
-    config = ModelConfig(name="dist_train.models.resnet:ResNet", exits=("stages.1",))
+    config = network_config(name="dist_train.models.resnet:ResNet", exits=("stages.1",))
     assert build_model(config, 7, 32)(torch.zeros(2, 3, 32, 32))[1].shape == (2, 7)
     for name, said in (
         ("no_such_module:f", "cannot be found"),
         ("torch:no_such", "cannot be found"),
-        (":f", "cannot be found"),
         ("torch:float32", "cannot be called with the number of classes"),
         ("shards.sources:digits", "cannot be called with the number of classes"),
-        ("math:sqrt", "a float"),
+        ("numpy:sqrt", "cannot be called|a float"),
+        ("os:_exit", "the standard library has no networks"),
     ):
         with pytest.raises(ConfigError, match=said):
-            build_model(ModelConfig(name=name, exits=("a",)), 7, 32)
+            build_model(network_config(name=name, exits=("a",)), 7, 32)
 
 
 @pytest.mark.parametrize(

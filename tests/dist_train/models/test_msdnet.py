@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_train.config import ModelConfig
+from dist_train.config import ModelConfig, MSDNetConfig
 from dist_train.errors import ConfigError
 from dist_train.models import MSDNet, build_model
 from dist_train.models.msdnet import ConvNormReLU, DenseCell
+from tests.common import network_config
 
 DIALECTS = ("lua", "msdnet_pytorch", "multiexit_distillation")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -269,7 +270,7 @@ def bytes_saved_by_training_step(network: MSDNet, images: Tensor) -> int:
 
 @pytest.mark.parametrize("shape", ["max", "min"])
 def test_recompute_changes_neither_gradients_nor_statistics(shape: str) -> None:
-    plain, again = small("lua", **SHAPES[shape]), small("lua", recompute=True, **SHAPES[shape])
+    plain, again = small("lua", **SHAPES[shape]), small("lua", activation_checkpointing=True, **SHAPES[shape])
     images = images_for(plain)
     saved = [bytes_saved_by_training_step(network, images) for network in (plain, again)]
     assert saved[1] < 0.7 * saved[0]
@@ -280,12 +281,19 @@ def test_recompute_changes_neither_gradients_nor_statistics(shape: str) -> None:
     assert all(norm.momentum == 0.1 for norm in again.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_is_the_same(recompute: bool) -> None:
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_compiled_is_the_same(activation_checkpointing: bool) -> None:
     plain = small(
-        "lua", exits=2, base=1, step=1, scales=2, growth_factors=(1, 2), bottleneck_factors=(1, 2), recompute=recompute
+        "lua",
+        exits=2,
+        base=1,
+        step=1,
+        scales=2,
+        growth_factors=(1, 2),
+        bottleneck_factors=(1, 2),
+        activation_checkpointing=activation_checkpointing,
     )
-    compiled = torch.compile(copy.deepcopy(plain), backend="aot_eager", fullgraph=not recompute)
+    compiled = torch.compile(copy.deepcopy(plain), backend="aot_eager", fullgraph=not activation_checkpointing)
     images = images_for(plain).contiguous(memory_format=torch.channels_last)
     for network in (plain, compiled):
         sum(logits.square().sum() for logits in network(images)).backward()
@@ -334,8 +342,8 @@ def test_image_size_that_the_scales_cannot_halve() -> None:
     with pytest.raises(
         ConfigError, match=r"30 pixels, which 3 scales cannot halve; use a multiple of 4, for instance 28 or 32"
     ):
-        build_model(ModelConfig(), 10, 30)
-    network = build_model(ModelConfig(exits=1), 10, 32)
+        build_model(network_config(), 10, 30)
+    network = build_model(network_config(exits=1), 10, 32)
     with pytest.raises(ConfigError, match="30 pixels"):
         network(torch.zeros(1, 3, 32, 30))
     with pytest.raises(ConfigError, match="30 pixels"):
@@ -347,13 +355,13 @@ def test_build_model_takes_the_stem_by_image_size() -> None:
     def kernel(config: ModelConfig, size: int) -> int:
         return build_model(config, 10, size).stem[0].conv.kernel_size[0]
 
-    assert [kernel(ModelConfig(exits=1), size) for size in (32, 64, 96, 224)] == [3, 3, 7, 7]
-    assert kernel(ModelConfig(exits=1, stem=32), 224) == 3
+    assert [kernel(network_config(exits=1), size) for size in (32, 64, 96, 224)] == [3, 3, 7, 7]
+    assert kernel(network_config(exits=1, stem=32), 224) == 3
 
 
 def test_every_argument_is_in_the_configuration() -> None:
     import inspect
 
     for name, parameter in itertools.islice(inspect.signature(MSDNet).parameters.items(), 1, None):
-        default = ModelConfig.model_fields[name].default
+        default = MSDNetConfig.model_fields[name].default
         assert default == (None if name == "stem" else parameter.default), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +9,38 @@ import pytest
 import torch
 
 from dist_train import predict
-from dist_train.config import ModelConfig
 from dist_train.config_file import make_config
 from dist_train.errors import ConfigError
 from dist_train.models import build_model
 from dist_train.models.cost import exit_costs
-from dist_train.policy import confidence, exits_taken
-from dist_train.prediction import Thresholds
+from dist_train.prediction.confidence import confidence, exits_taken
+from dist_train.prediction.stopping import Thresholds
+from tests.common import importable, network_config
 
-VIT = {"name": "transformers/ViTConfig", "exits": ["vit.layers.0", "vit.layers.1"], "pooling": "class_token",
-       "options": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 4}}  # fmt: skip
-RESNET = {"name": "transformers/ResNetConfig", "exits": ["resnet.encoder.stages.0"],
-          "options": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}}  # fmt: skip
-
-
-def importable(library: str) -> bool:
-    """Beside another build of torch, torchvision (and timm with it) is installed, but raises RuntimeError."""
-    try:
-        importlib.import_module(library)
-    except (ImportError, RuntimeError):
-        return False
-    return True
+VIT = {
+    "name": "transformers/ViTConfig",
+    "exits": ["vit.layers.0", "vit.layers.1"],
+    "pooling": "class_token",
+    "options": {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "patch_size": 4,
+    },
+}
+RESNET = {
+    "name": "transformers/ResNetConfig",
+    "exits": ["resnet.encoder.stages.0"],
+    "options": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+}
 
 
 @pytest.mark.parametrize("fields", [VIT, RESNET], ids=["vit", "resnet"])
 def test_transformers(fields: dict[str, Any]) -> None:
     pytest.importorskip("transformers")
     torch.manual_seed(0)
-    network = build_model(ModelConfig(**fields), 5, 16).eval()
+    network = build_model(network_config(**fields), 5, 16).eval()
     images = torch.randn(30, 3, 16, 16)
     run: list[str] = []
     for name, module in network.named_modules():
@@ -65,9 +68,16 @@ def test_a_vision_transformer_trains_and_comes_back(digits: Path, tmp_path: Path
     from dist_train import cli, load_model
     from dist_train.config_file import dump_config
 
-    config = make_config({"name": "vit", "runs": str(tmp_path), "data": {"shards": str(digits), "image_size": 16}, "model": VIT,
-                          "train": {"epochs": 1, "global_batch": 64, "micro_batch": 64, "max_steps": 3, "zero": 2},
-                          "tracking": {"uri": "off"}})  # fmt: skip
+    config = make_config(
+        {
+            "name": "vit",
+            "runs": str(tmp_path),
+            "data": {"shards": str(digits), "image_size": 16},
+            "model": VIT,
+            "train": {"epochs": 1, "global_batch": 64, "micro_batch": 64, "max_steps": 3, "zero_stage": 2},
+            "tracking": {"uri": "off"},
+        }
+    )
     path = tmp_path / "vit.yaml"
     path.write_text(dump_config(config))
     assert cli.run(["plan", str(path)]) == 0
@@ -81,7 +91,7 @@ def test_names_that_lead_nowhere() -> None:
 
     def said(**fields: Any) -> str:
         with pytest.raises(ConfigError) as error:
-            build_model(ModelConfig(**{**VIT, **fields}), 5, 16)
+            build_model(network_config(**{**VIT, **fields}), 5, 16)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -90,12 +100,12 @@ def test_names_that_lead_nowhere() -> None:
     assert "the nearest is 'vit.layers.0'" in said(exits=("vit.layer.0",))
     assert "cannot build" in said(options={**VIT["options"], "patch_size": 0})
     with pytest.raises(Exception, match="torchvision/NAME, transformers/NAME"):
-        ModelConfig(name="resnet50", exits=("layer1",))
+        network_config(name="resnet50", exits=("layer1",))
 
 
 @pytest.mark.parametrize(("library", "name"), [("timm", "resnet18"), ("torchvision", "resnet18")])
 def test_other_libraries_or_how_to_install_them(library: str, name: str) -> None:
-    config = ModelConfig(name=f"{library}/{name}", exits=("layer1", "layer3"))
+    config = network_config(name=f"{library}/{name}", exits=("layer1", "layer3"))
     if importable(library):
         assert build_model(config, 5, 64).num_exits == 3
     else:

@@ -1,0 +1,39 @@
+"""``dist-train export``: a trained network as a folder that predicts, and stops early, without torch."""
+
+from __future__ import annotations
+
+from dist_train.arguments import Parser
+from dist_train.commands.policy import add_policy_options, chosen_point
+from dist_train.errors import ConfigError
+
+
+def run(arguments: list[str]) -> int:
+    """Export, and say where to."""
+    known = _parser().parse_args(arguments)
+    point = chosen_point(known)
+    if point is None:
+        raise ConfigError(
+            f"no thresholds are given; give --budget or --risk (of the report of `dist-train eval {known.run}`), or --thresholds"
+        )
+    from dist_train.export.programs import check_installed
+
+    check_installed()
+    from dist_train.export.export import export
+
+    print(f"exported to {export(known.run, point, known.out, known.shards)}; its README.md says what was measured")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dist-train export",
+        description="Write a folder that predicts without torch: one ONNX program per exit, policy.json, and predict.py, which "
+        "needs numpy, Pillow and onnxruntime. Before the folder gets its name, the programs are compared with the network on "
+        "1,000 images of data.val.",
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint), or one of its checkpoints")
+    parser.add_argument("--format", choices=("onnx",), default="onnx", help="of the programs (default: onnx)")
+    add_policy_options(parser)
+    parser.add_argument("--out", metavar="FOLDER", help="folder to write (default: export in the run folder)")
+    parser.add_argument("--shards", metavar="FOLDER", help="folder of the shards (default: the run's)")
+    return parser

@@ -1,0 +1,1 @@
+"""What a trained network is worth, measured once per image and written down."""

@@ -1,0 +1,105 @@
+"""``policy.json``: when an image exits, what that costs and promises, how images are prepared, and the hashes of the files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_train.config import DataConfig
+from dist_train.errors import ConfigError
+from dist_train.evaluation.thresholds import OperatingPoint
+from dist_train.files import sha256, write_whole
+from dist_train.prediction.shares import ShareMonitor
+
+FORMAT = 1
+NAME = "policy.json"
+
+
+def content(
+    point: OperatingPoint,
+    costs: Sequence[int],
+    classes: Sequence[str],
+    data: DataConfig,
+    step: int,
+    stages: Sequence[str],
+) -> dict[str, Any]:
+    """All of policy.json but what is known when the programs have been compared.
+
+    ``thresholds`` has one number per exit (null: no image leaves there; the last is not used), which ``measure`` of the logits,
+    divided by ``temperatures`` where there are any, must reach. ``promise`` is what report.json says of these thresholds:
+    budget and expected accuracy, or the guarantee. ``shares`` are the intervals that the shares of images per exit stay in while
+    the images are of the same kind.
+    """
+    policy = point.policy
+    values = [*policy.values][: len(costs) - 1]
+    return {
+        "format": FORMAT,
+        "step": step,
+        "stages": list(stages),
+        "classes": list(classes),
+        "measure": policy.measure,
+        "thresholds": [_number(value) for value in values] + [None],
+        "temperatures": policy.temperatures,
+        "weights": policy.weights,
+        "promise": point.promise or None,
+        "shares": _shares(point),
+        "costs": {"unit": "multiply_adds_lazy", "exits": list(costs)},
+        "preprocessing": {
+            "color": "RGB",
+            "orientation": "as stored",
+            "resize": data.eval_resize or data.image_size,
+            "interpolation": "bilinear, antialiased",
+            "crop": data.image_size,
+            "scale": "0 to 1",
+            "mean": data.mean,
+            "std": data.std,
+            "layout": "NCHW",
+        },
+    }
+
+
+def write(folder: Path, policy: dict[str, Any]) -> None:
+    """Write policy.json with the hashes of all other files of the folder, and its own over what it says."""
+    files = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != NAME}
+    policy = json.loads(json.dumps(policy | {"files": files}, allow_nan=False))
+    signed = hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()
+    write_whole(folder / NAME, json.dumps(policy | {"sha256": signed}, indent=1) + "\n")
+
+
+def _number(value: float) -> float | None:
+    if value == math.inf:
+        return None
+    if value == -math.inf:  # JSON has no infinity, and no measure is below -1
+        return -1.0
+    return float(value)
+
+
+def _shares(point: OperatingPoint) -> dict[str, Any] | None:
+    if not point.reference.images:
+        return None
+    monitor = ShareMonitor(point.reference)
+    return {
+        "images": point.reference.images,
+        "reference": list(point.reference.shares),
+        "low": monitor.low.tolist(),
+        "high": monitor.high.tolist(),
+        "level": monitor.level,
+    }
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds something else than an export, which would be lost."""
+    if not folder.exists():
+        return
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    try:
+        ours = {NAME, *json.loads((folder / NAME).read_bytes())["files"]} if found else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    # Python leaves one behind where the runner is imported.
+    if found - ours - {"__pycache__"}:
+        raise ConfigError(f"{folder}: exists and is no export; give another --out")

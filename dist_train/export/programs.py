@@ -1,0 +1,91 @@
+"""The stages of a network as ONNX files, one per exit."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_train.errors import ConfigError
+from dist_train.models.stages import StagedNetwork
+
+OPSET = 20
+"""Version of the ONNX operators; ONNX Runtime knows it since 1.17."""
+RUNTIME = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_installed() -> None:
+    """Raise ConfigError where a library that exporting needs is missing."""
+    missing = [name for name in RUNTIME if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"exporting needs {' and '.join(missing)}, which cannot be found; install them with pip install 'dist-train[export]'"
+        )
+
+
+def versions() -> dict[str, str | int]:
+    """Of the operators, and of the libraries that made the programs and that they were compared in."""
+    return {"opset": OPSET} | {name: importlib.metadata.version(name) for name in ("torch", *RUNTIME)}
+
+
+def write_programs(staged: StagedNetwork, image_size: int, folder: Path) -> list[str]:
+    """Write ``stage1.onnx`` to ``stageM.onnx`` into a folder, for any number of images; their names.
+
+    Raises:
+        ConfigError: ONNX has no operator for something that the network does.
+        OSError: a file cannot be written.
+    """
+    given: Sequence[Tensor] = (torch.randn(3, 3, image_size, image_size),)
+    names = []
+    for number, stage in enumerate(staged.stages, start=1):
+        names.append(f"stage{number}.onnx")
+        batch = torch.export.Dim("batch", min=1)
+        try:
+            with _quiet():
+                program = torch.onnx.export(
+                    stage,
+                    tuple(given),
+                    dynamo=True,
+                    opset_version=OPSET,
+                    verbose=False,
+                    dynamic_shapes=tuple({0: batch} for _ in given),
+                )
+                assert program is not None
+        except Exception as error:  # the exporter raises what each of its steps raises
+            raise ConfigError(f"stage {number} cannot be written as ONNX: {_reason(error)}") from None
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # where in whose files the network's code is
+        program.save(folder / names[-1], external_data=False)
+        with torch.inference_mode():
+            _, *given = stage(*given)
+    return names
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notices, such as that torchvision is not installed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: BaseException) -> str:
+    """The operator that is missing, else the innermost error, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    operator = re.search(r"No (?:ONNX|decompositions?)[^<]*<OpOverload\(op='([^']+)'", text)
+    return f"it has no operator for {operator[1]}" if operator else text[:200] or type(error).__name__

@@ -1,0 +1,65 @@
+"""Which exits teach which: the teacher matrix of every rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dist_train.errors import ConfigError
+
+
+def teacher_matrix(teachers: str | Sequence[Sequence[float]], num_exits: int, label_loss: Tensor) -> Tensor:
+    """The teacher matrix W [M, M] float32, row: student, column: teacher; a row's teachers share its weight of 1.
+
+    Args:
+        teachers: a rule of :class:`~dist_train.config.LossConfig`, or an explicit matrix, which is taken as it is.
+        num_exits: M.
+        label_loss: [M] label losses by which ``best`` and ``better`` decide; at a tie the later exit is the better one.
+
+    Raises:
+        ConfigError: an explicit matrix that is not [M, M], or in which an exit teaches itself.
+    """
+    if not isinstance(teachers, str):
+        return _explicit_matrix(teachers, num_exits)
+    exits = torch.arange(num_exits, device=label_loss.device)
+    student, teacher = exits[:, None], exits[None, :]
+    later = teacher > student
+    if teachers == "last":
+        chosen = later & (teacher == num_exits - 1)
+    elif teachers == "next":
+        chosen = teacher == student + 1
+    elif teachers == "later":
+        chosen = later
+    elif teachers == "ensemble":
+        chosen = torch.ones_like(later)
+    elif teachers == "best":
+        chosen = (teacher == num_exits - 1 - label_loss.flip(0).argmin()) & (teacher != student)
+    elif teachers == "better":
+        chosen = later & (label_loss[None, :] <= label_loss[:, None])
+    else:
+        assert teachers == "none", teachers
+        chosen = torch.zeros_like(later)
+    return chosen / chosen.sum(1, keepdim=True).clamp(min=1)
+
+
+def _explicit_matrix(rows: Sequence[Sequence[float]], num_exits: int) -> Tensor:
+    shape = [len(row) for row in rows]
+    if shape != [num_exits] * num_exits:
+        raise ConfigError(
+            f"loss.teachers is a matrix with rows of {shape} numbers; for {num_exits} exits it must be {num_exits} x {num_exits}"
+        )
+    for exit_, row in enumerate(rows):
+        if row[exit_] != 0:
+            raise ConfigError(f"loss.teachers[{exit_}][{exit_}] is {row[exit_]:g}; an exit cannot teach itself, give 0")
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def last_teacher_mixture(matrix: Tensor) -> Tensor:
+    """The mixture [M] that teaches the deepest exit that has a teacher (what the authors' temperature rule looks at)."""
+    exits = torch.arange(len(matrix), device=matrix.device)
+    taught = (exits * (matrix.sum(1) > 0)).argmax()
+    row = matrix.index_select(0, taught.view(1)).squeeze(0)
+    last = (exits == len(matrix) - 1).to(row.dtype)
+    return torch.where(row.sum() > 0, row / row.sum(), last)

@@ -1,0 +1,277 @@
+"""The mirror of a run folder in MLflow: sends what MLflow does not have yet; sending again changes nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_train.config import Config
+from dist_train.config_file import flat_fields, load_config
+from dist_train.errors import TrackingError
+from dist_train.files import write_whole
+from dist_train.render.table import Table, millions
+from dist_train.tracking.metrics import read_metrics, read_new
+from dist_train.tracking.mlflow import (
+    Data,
+    columns,
+    connect,
+    experiment_name,
+    forget_checkpoint,
+    log_checkpoint,
+    log_data,
+    log_params,
+    log_points,
+    reopened,
+    tracking_uri,
+    unusable,
+)
+
+log = logging.getLogger("dist_train")
+
+
+KEY = "dist_train.key"
+"""Tag with a run folder's own key, by which its MLflow run is found again if the answer to its creation was lost."""
+
+BYTES_PER_READ = 1 << 20
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What :func:`sync` left: the MLflow run, its status there, and how many lines of metrics.jsonl were new to it."""
+
+    uri: str
+    run_id: str
+    status: str
+    lines: int
+
+
+def sync(folder: Path) -> Synced:
+    """Send what MLflow does not have yet of a run: tags, settings, metrics, report, status; idempotent.
+
+    Raises:
+        TrackingError: not a run folder, a run with tracking off, or a server that cannot be used.
+    """
+    if not (folder / "config.yaml").exists():
+        raise TrackingError(f"{folder}: is not a run folder (no config.yaml); give one, such as runs/NAME")
+    config = load_config(folder / "config.yaml")
+    state = SyncState(folder)
+    uri = state.read().get("uri") or tracking_uri(config)
+    if uri is None:
+        raise TrackingError(f"{folder}: was trained with tracking.uri off, so MLflow has no run for it")
+    if not state.belongs_to(folder):
+        state.forget_run()
+    mirror = Mirror(config, folder, uri, state)
+    try:
+        mirror.open()
+        lines = mirror.send()
+        mirror.finish()
+    except Exception as error:  # whatever MLflow raises
+        raise TrackingError(unusable(uri, error) + "; run the same command again to send the rest") from None
+    sent = state.read()
+    return Synced(uri, sent["run_id"], sent.get("status", "RUNNING"), lines)
+
+
+def end(folder: Path, status: str) -> None:
+    """Give a run that nobody trains any more its status in MLflow; nothing where it is not tracked.
+
+    Raises:
+        TrackingError: as :func:`sync`.
+    """
+    state = SyncState(folder)
+    if "uri" in state.read():
+        state.update(status=status, ended=int(time.time() * 1000), complete=False)
+        sync(folder)
+
+
+class SyncState:
+    """``tracking.json`` in the run folder: where the run is in MLflow, how far it was sent, how it ended.
+
+    All threads of a process share one of these, since its lock is what keeps them from undoing each other's updates.
+
+    ``uri``; ``folder``, where the run lives; ``key``, the folder's own; ``run_id``; ``described``, whether MLflow has the settings; ``offset``, the
+    bytes of metrics.jsonl that it has, and ``inode``, of which file they are; ``models``, MLflow's ids of the checkpoints by their names; ``tags``; ``started`` and ``ended``, ms; ``status``; ``complete``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "tracking.json"
+        self._lock = threading.Lock()
+
+    def read(self) -> dict[str, Any]:
+        """All fields; none where the file is missing or damaged."""
+        try:
+            state = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def update(self, **fields: Any) -> None:
+        """Set some fields, whole or not at all."""
+        with self._lock:
+            write_whole(self._path, json.dumps(self.read() | fields))
+
+    def forget_run(self) -> None:
+        """Forget the MLflow run, but not how the training that it was about began and ended."""
+        kept = ("tags", "started", "ended", "status")
+        with self._lock:
+            write_whole(self._path, json.dumps({key: value for key, value in self.read().items() if key in kept}))
+
+    def belongs_to(self, folder: Path) -> bool:
+        """Whether this is the state of a run that still lives in ``folder``, and not that of the run it was copied from.
+
+        A folder that was moved keeps its MLflow run; of two folders with one key, the copy is the one at another path.
+        """
+        before = self.read()
+        home, key = before.get("folder"), before.get("key")
+        if home is None or Path(home) == folder.resolve():
+            return True
+        return key is None or SyncState(Path(home)).read().get("key") != key
+
+
+class Mirror:
+    """Sends one run folder to one MLflow run, the same one after a resume; its methods raise whatever MLflow raises.
+
+    MLflow keeps one point per (key, time, step, value), so sending a line twice changes nothing.
+    """
+
+    def __init__(self, config: Config, folder: Path, uri: str, state: SyncState) -> None:
+        self.config = config
+        self.folder = folder
+        self.uri = uri
+        self.state = state
+        self._client: Any = None
+
+    def open(self) -> None:
+        """Find or create the MLflow run, and give it its tags and, once, its settings."""
+        client, experiment = connect(self.uri, experiment_name(self.config))
+        state = self.state.read()
+        run_id = state.get("run_id")
+        if run_id is None or not reopened(client, run_id):
+            key = state.get("key") or uuid.uuid4().hex
+            self.state.update(
+                uri=self.uri, folder=str(self.folder.resolve()), key=key, offset=0, described=False, models={}
+            )
+            # The server may have created the run although its answer was lost: it is found by its key.
+            found = client.search_runs([experiment], filter_string=f"tags.`{KEY}` = '{key}'", max_results=1)
+            run_id = found[0].info.run_id if found else self._create(client, experiment, key, state.get("started"))
+            self.state.update(run_id=run_id)
+        tags = state.get("tags", {})
+        for name, value in (tags | columns(tags)).items():
+            client.set_tag(run_id, name, value)
+        self._describe(client, run_id, first=not self.state.read().get("described"))
+        self._client = client
+
+    def _create(self, client: Any, experiment: str, key: str, started: int | None) -> str:
+        tags = {KEY: key}
+        if parent := self.state.read().get("parent"):
+            tags["mlflow.parentRunId"] = parent
+        run = client.create_run(experiment, start_time=started, run_name=self.config.name, tags=tags)
+        return str(run.info.run_id)
+
+    def _describe(self, client: Any, run_id: str, first: bool) -> None:
+        """Log the settings.  MLflow keeps the first value of a parameter for ever: what changes later is a tag beside it."""
+        fields = flat_fields(self.config)
+        if not first:
+            data = client.get_run(run_id).data
+            changed = {key: value for key, value in fields.items() if data.params.get(key, value) != value}
+            for key, value in changed.items():
+                client.set_tag(run_id, f"changed.{key}", value)
+            for tag in data.tags:
+                if tag.startswith("changed.") and tag.removeprefix("changed.") not in changed:
+                    client.delete_tag(run_id, tag)  # the field has its first value again
+            if changed:
+                client.log_artifact(run_id, str(self.folder / "config.yaml"))
+            return
+        log_params(client, run_id, fields)
+        log_data(client, run_id, self._splits())
+        client.log_artifact(run_id, str(self.folder / "config.yaml"))
+        self.state.update(described=True)
+
+    def _splits(self) -> Iterator[Data]:
+        tags, data = self.state.read().get("tags", {}), self.config.data
+        for use, split, name in (
+            ("training", "train", data.train_name),
+            ("validation", "val", f"{data.shards}/{data.val}"),
+        ):
+            if f"{split}_data" in tags and f"{split}_images" in tags:
+                images, classes = int(tags[f"{split}_images"]), int(tags["classes"])
+                yield Data(name[:500], tags[f"{split}_data"], images, classes, use)
+
+    def send(self) -> int:
+        """Send the whole lines of metrics.jsonl that MLflow does not have yet; returns how many."""
+        sent = 0
+        state = self.state.read()
+        path = self.folder / "metrics.jsonl"
+        while path.exists():
+            with path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                # Another file: a run that resumed has dropped lines, perhaps late, after a full disk.  All is sent again.
+                if inode != state.get("inode"):
+                    state |= {"inode": inode, "offset": 0}
+                entries, offset = read_new(file, state["offset"], BYTES_PER_READ)
+            if offset == state["offset"]:
+                break
+            points = [(k, v, e["t"], e["step"]) for e in entries for k, v in e["metrics"].items()]
+            log_points(self._client, state["run_id"], points)
+            sent += len(entries)
+            state["offset"] = offset
+            # After every request, so that a kill repeats one of them at most; MLflow ignores what comes twice.
+            self.state.update(offset=state["offset"], inode=inode)
+        return sent
+
+    def finish(self) -> None:
+        """Send the report, the checkpoints that are kept, and how the run ended, if it has."""
+        state = self.state.read()
+        report = self.folder / "report.json"
+        if report.exists():
+            self._client.log_artifact(state["run_id"], str(report))
+            note = run_note(state.get("tags", {}).get("command", ""), json.loads(report.read_text()))
+            self._client.set_tag(state["run_id"], "mlflow.note.content", note)
+        self._send_checkpoints()
+        if (status := state.get("status", "RUNNING")) != "RUNNING":
+            self._client.set_terminated(state["run_id"], status, end_time=state.get("ended"))
+        self.state.update(complete=True)
+
+    def _send_checkpoints(self) -> None:
+        """Let MLflow have the checkpoints that are kept, each with the validation of its step, and no others."""
+        state = self.state.read()
+        models: dict[str, str] = state.get("models", {})
+        kept = {path.name: path for path in sorted((self.folder / "checkpoints").glob("step-*"))}
+        file = self.folder / "metrics.jsonl"
+        validations = {
+            entry["step"]: [(key, value, entry["t"], entry["step"]) for key, value in entry["metrics"].items()]
+            for entry in (read_metrics(file) if file.exists() else [])
+            if "val/mean_top1" in entry["metrics"]
+        }
+        for name in models.keys() - kept.keys():
+            forget_checkpoint(self._client, models[name])
+        sent = {name: models[name] for name in models.keys() & kept.keys()}
+        for name in kept.keys() - sent.keys():
+            step = int(name.rpartition("-")[2])
+            path = kept[name].resolve()
+            sent[name] = log_checkpoint(self._client, state["run_id"], path, step, validations.get(step, []))
+        self.state.update(models=sent)
+
+
+def run_note(command: str, report: Mapping[str, Any]) -> str:
+    """The note of a finished run in MLflow, as Markdown: its command and its table of exits."""
+    rows = [
+        [
+            str(one["exit"]),
+            millions(one["multiply_adds"]),
+            f"{100 * one['top1']:.2f}",
+            f"{100 * one['top5']:.2f}",
+            f"{one['loss']:.4f}",
+        ]
+        for one in report["exits"]
+    ]
+    title = f"After {report['step']} steps, {report['images']} images, each once"
+    table = Table(title, ["exit", "multiply-adds", "top-1 %", "top-5 %", "cross-entropy"], rows)
+    return f"`{command}`\n\n{table.markdown()}\n"

@@ -1,0 +1,106 @@
+"""The thread on rank 0 that mirrors a run to MLflow, so that no training step waits for a server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+
+from dist_train.config import Config
+from dist_train.tracking.mirror import Mirror, SyncState
+from dist_train.tracking.mlflow import PARENT, reason, tracking_uri
+
+log = logging.getLogger("dist_train")
+
+SEND_SECONDS = 2.0
+
+
+class Tracker:
+    """The thread that mirrors a run; an unreachable server is reported once and retried."""
+
+    def __init__(self, config: Config, tags: dict[str, str]) -> None:
+        self.folder = config.folder
+        self.uri = tracking_uri(config)
+        self._state = SyncState(config.folder)
+        self._open = False
+        self._warned = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        if self.uri is None:
+            return
+        self._mirror = Mirror(config, config.folder, self.uri, self._state)
+        try:
+            self._begin(tags)
+        except OSError as error:
+            self._warn(f"tracking.json cannot be written: {error.strerror}")
+            return
+        self._thread.start()
+
+    def _begin(self, tags: dict[str, str]) -> None:
+        before = self._state.read()
+        if before.get("uri") not in (None, self.uri) or not self._state.belongs_to(self.folder):
+            self._state.forget_run()
+            before = {}
+        # A resume truncates metrics.jsonl to its checkpoint; what remains of the file was sent before.
+        path = self.folder / "metrics.jsonl"
+        file = path.stat() if path.exists() else None
+        self._state.update(
+            uri=self.uri,
+            folder=str(self.folder.resolve()),
+            offset=min(before.get("offset", 0), file.st_size if file else 0),
+            inode=file.st_ino if file else None,
+            tags=tags,
+            status="RUNNING",
+            complete=False,
+            started=before.get("started") or int(time.time() * 1000),
+            parent=os.environ.get(PARENT),
+        )
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run, once there is one."""
+        return self._state.read().get("run_id")
+
+    def close(self, status: str, timeout: float = 30.0) -> None:
+        """Send what is left, set MLflow's status (FINISHED, FAILED, or RUNNING for a run that will be resumed), and end."""
+        if not self._thread.is_alive():
+            return
+        with contextlib.suppress(OSError):
+            self._state.update(status=status, ended=int(time.time() * 1000))
+        self._stop.set()
+        # A server that hangs must not hold up the end of the run for longer than this.
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._warn(f"no answer in {timeout:.0f} s")
+        if not self._state.read().get("complete"):
+            log.warning(
+                "MLflow does not have the whole run; once it can be reached, run: dist-train sync %s", self.folder
+            )
+
+    def _work(self) -> None:
+        while True:
+            last = self._stop.wait(SEND_SECONDS)
+            try:
+                if not self._open:
+                    self._mirror.open()
+                    self._open = True
+                self._mirror.send()
+                if last:
+                    self._mirror.finish()
+            except Exception as error:  # whatever MLflow raises: the mirror must never end the run
+                # Opened again at the next try: the server may have been restarted, and may have lost the run.
+                self._open = False
+                self._warn(reason(error))
+            if last:
+                return
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            log.warning(
+                "MLflow at %s cannot be used (%s); metrics.jsonl has everything, and training continues",
+                self.uri,
+                reason,
+            )
+        self._warned = True

@@ -1,0 +1,157 @@
+"""A run as its folder shows it to somebody who looks on, while it is written and after it has ended."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from dist_train.config import Config
+from dist_train.config_file import load_config
+from dist_train.distributed.lock import RunLock
+from dist_train.tracking.metrics import read_new
+
+LOOK_SECONDS = 1.0
+"""Between two looks into the folder."""
+PATIENCE_SECONDS = 60.0
+"""How long a run that has stopped before our eyes is waited for: a scheduler may start it again."""
+RECENT = 10
+"""Lines of metrics that the time left is estimated from."""
+
+
+class Watched:
+    """What ``config.yaml`` and ``metrics.jsonl`` of a run say so far; :meth:`look` reads what is new.
+
+    Attributes:
+        config: None before the run has started.
+        training: the newest line of training metrics, by name; empty before the first.
+        validation: likewise, of the validation.
+        best: highest ``val/mean_top1`` so far.
+        losses: ``train/loss`` of every line.
+        batch: global batches consumed, of the newest line.
+        running: whether a process trains in the folder, as far as can be seen from here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: Config | None = None
+        self.running = False
+        self._file: int | None = None
+        self._config_written: int | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.training: dict[str, float] = {}
+        self.validation: dict[str, float] = {}
+        self.best: float | None = None
+        self.losses: list[float] = []
+        self.batch = 0
+        self._speeds: list[float] = []
+        self._of_training = 0
+        self._last: dict[str, float] = {}
+        self._offset = 0
+
+    def look(self) -> list[dict[str, Any]]:
+        """Read what the run has written since the last look; the new lines of metrics.
+
+        Raises:
+            ConfigError: config.yaml is not one of a run.
+        """
+        # Before the file: a run that ends in between has written its last line by then.
+        # On another host it is taken to run until its last line says otherwise.
+        self.running = RunLock(self.folder).holder_lives() is not False
+        self._look_at_config()
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                return self._take(file)
+        except FileNotFoundError:
+            return []
+
+    def _look_at_config(self) -> None:
+        """Every start of the run writes it, and may have changed the number of epochs."""
+        path = self.folder / "config.yaml"
+        try:
+            written = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        if written != self._config_written:
+            self.config, self._config_written = load_config(path), written
+
+    def _take(self, file: IO[bytes]) -> list[dict[str, Any]]:
+        status = os.fstat(file.fileno())
+        # A resume writes the file anew, without the lines after its checkpoint.
+        if status.st_ino != self._file or status.st_size < self._offset:
+            self._forget()
+        self._file = status.st_ino
+        entries, self._offset = read_new(file, self._offset)
+        for entry in entries:
+            self._add(entry)
+        return entries
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        self.batch, self._last = entry["batch"], entry["metrics"]
+        metrics = self._last
+        if "train/loss" in metrics:
+            self.training, self._of_training = metrics, self.batch
+            self.losses.append(metrics["train/loss"])
+            self._speeds.append(metrics["speed/images_per_second"])
+        if "val/mean_top1" in metrics:
+            self.validation = metrics
+            self.best = max(metrics["val/mean_top1"], self.best or 0.0)
+
+    @property
+    def total(self) -> int | None:
+        """Global batches of the whole run; None before the first line of training metrics."""
+        if self.config is None or not self.training.get("train/epoch"):
+            return None
+        train = self.config.train
+        batches = round(train.epochs * self._of_training / self.training["train/epoch"])
+        return min(batches, train.max_steps or batches)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has written its last line, the validation at its end."""
+        return self.total is not None and self.batch >= self.total and "val/mean_top1" in self._last
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the speed of the last lines, without validations; None where nothing was measured yet."""
+        speeds = [speed for speed in self._speeds[-RECENT:] if speed > 0]
+        if not speeds or self.total is None or self.config is None:
+            return None
+        images = (self.total - self.batch) * self.config.train.global_batch
+        return images * sum(1 / speed for speed in speeds) / len(speeds)
+
+    @property
+    def state(self) -> str:
+        """In words."""
+        if self.finished:
+            return "finished"
+        if self.config is None:
+            return "has not started"
+        if not self.running:
+            return f"stopped at step {self.batch}; the command that started it resumes it"
+        return "training" if self.training else "starting"
+
+
+def follow(folder: Path) -> Iterator[tuple[Watched, list[dict[str, Any]]]]:
+    """Look into a run folder again and again until the run has ended: what it says so far, and its new lines.
+
+    A folder that is not there yet is waited for, and so is, for a while, a run that stops meanwhile.
+
+    Raises:
+        ConfigError: as :meth:`Watched.look`.
+    """
+    watched, seen_running = Watched(folder), -math.inf
+    while True:
+        entries = watched.look()
+        now = time.monotonic()
+        yield watched, entries
+        if watched.running:
+            seen_running = now
+        if watched.finished or (watched.config and now - seen_running > PATIENCE_SECONDS):
+            return
+        time.sleep(LOOK_SECONDS)

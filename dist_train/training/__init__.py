@@ -1,0 +1,1 @@
+"""Training of a configured network, and its exact resume."""

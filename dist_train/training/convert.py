@@ -1,0 +1,94 @@
+"""Converts a checkpoint file of a public MSDNet repository into a checkpoint folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_train.config import DataConfig
+from dist_train.config_file import make_config
+from dist_train.errors import CheckpointError, ConfigError
+from dist_train.models import interop
+from dist_train.models.msdnet import MSDNet
+from dist_train.models.weights import read_weights
+from dist_train.training import checkpoint
+from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
+from shards.check import split_folders
+from shards.index import Index
+
+# Mean and deviation of CIFAR-100 as both repositories use them; ImageNet's are the defaults.
+CIFAR = {"image_size": 32, "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276]}
+IMAGENET = {"image_size": 224, "eval_resize": 256}
+NO_SHARDS = Path("shards")
+"""Written to the configuration if no shards are given."""
+
+
+def convert(file: str | Path, output: str | Path, repository: str, arguments: str | Path, *overrides: str) -> Path:
+    """Write ``output/checkpoints/step-0``, which ``load_model``, eval and predict read; gives the path of ``output``.
+
+    Args:
+        file: their checkpoint, a torch file (read with ``weights_only=True``) or safetensors.
+        output: folder to make.
+        repository: ``msdnet_pytorch`` or ``multiexit_distillation``.
+        arguments: YAML or JSON file with the configuration that :mod:`~dist_train.models.interop` takes.
+        overrides: fields of the configuration, ``"--data.shards", "data/cifar100"``; the names of the classes come from
+            those shards, and are numbers without them.
+
+    Raises:
+        ConfigError: the configuration is incomplete, or out of range.
+        CheckpointError: the file is not weights, or they do not fit the configuration; names the keys.
+    """
+    output = Path(output)
+    # Never written over: it may be a run.
+    if output.exists():
+        raise ConfigError(f"{output}: exists already; give a new folder")
+    theirs = _read_arguments(Path(arguments))
+    if repository == "msdnet_pytorch":
+        classes, model = interop.msdnet_pytorch_arguments(theirs)
+        network: MSDNet = interop.load_msdnet_pytorch(theirs, read_weights(file))
+    else:
+        classes, model = interop.multiexit_distillation_arguments(theirs)
+        network = interop.load_multiexit_distillation(theirs, read_weights(file))
+    tree = {
+        "name": output.name,
+        "runs": str(output.parent),
+        "model": {"name": "msdnet", **model},
+        "data": {"shards": NO_SHARDS, **(CIFAR if model["stem"] == 32 else IMAGENET)},
+    }
+    config = make_config(tree, *overrides)
+    # No fingerprint and no optimizer state: it can be evaluated, but no run can resume from it.
+    meta = CheckpointMeta(Progress(), 1, _class_names(config.data, classes), "", {})
+    folder = output / "checkpoints"
+    try:
+        path = checkpoint.write(folder, Checkpoint(meta, config, network.state_dict(), {}))
+        checkpoint.set_link(folder, "latest", path)
+    except OSError as error:
+        raise CheckpointError(f"{output}: cannot be written ({error.strerror or error})") from None
+    return output
+
+
+def _read_arguments(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}); give their configuration as YAML or JSON"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"{file}: is neither YAML nor JSON; write their configuration as such") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: holds a {type(content).__name__}, not names and values")
+    return content
+
+
+def _class_names(data: DataConfig, classes: int) -> list[str]:
+    """The names in the index of the shards, of any split, or numbers where no shards on this machine are given."""
+    if data.shards == NO_SHARDS or not isinstance(data.shards, Path):
+        return [str(number) for number in range(classes)]
+    split = split_folders(data.shards)[0]
+    names = list(Index.load(split).classes)
+    if len(names) != classes:
+        raise ConfigError(f"{split}: has {len(names)} classes, the network {classes}; give other --data.shards")
+    return names

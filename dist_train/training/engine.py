@@ -1,0 +1,440 @@
+"""The only file that knows DeepSpeed: ZeRO, mixed precision and accumulation around a multi-exit network."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from dist_train.config import Config, accumulation_steps
+from dist_train.distributed.group import Group, launcher_variables
+from dist_train.models.parts import ALL, WITHOUT_EARLY_EXITS, exit_parts, exits_behind, part_of
+from dist_train.precision import autocast
+from dist_train.training.exit_gradients import ProjectedGradients, balance_gradients
+from dist_train.training.loss_scale import LossScale
+from dist_train.training.optim import AveragedWeights, build_optimizer, state_names
+from dist_train.training.zero import bucket_elements, chosen_stage
+
+
+@dataclass(frozen=True)
+class Update:
+    """The outcome of one update: whether it was applied, and the norm of the global gradient before clipping."""
+
+    applied: bool
+    gradient_norm: float
+
+
+class Engine:
+    """Forward, backward and update of one network on all ranks, and its whole state by name.
+
+    Weights, optimizer state and averaged weights come out (and go in) as full float32 tensors by parameter name, so
+    that nothing outside of this class depends on the ZeRO stage or on the number of ranks.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, group: Group) -> None:
+        self.config = config
+        self.group = group
+        self.stage = chosen_stage(config, model, group.ranks.world_size)
+        model = model.to(group.device)
+        if config.train.sync_bn:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        # Which parts may train alone is decided once, so that ZeRO partitions the same parameters in every epoch.
+        self._parts = exit_parts(model) if config.model.regime != "joint" else {}
+        optimizer = build_optimizer(model, config.optim, self._parts)
+        rule = config.optim.exit_gradients
+        # While the parameters are whole and the network is not compiled.
+        exits = exits_behind(model, config.data.image_size) if rule != "sum" else {}
+        self.loss_scale = LossScale() if config.train.precision == "fp16" else None
+        self._deepspeed = _initialize(model, optimizer, config, self.stage, group)
+        if self.stage in (1, 2):
+            self._read_one_value_per_update(self._deepspeed.optimizer)
+        if self.stage == 3:
+            # DeepSpeed reads it in every forward pass.  Alone it makes no process that this one starts take itself for a rank.
+            os.environ.setdefault("LOCAL_RANK", str(group.ranks.local_rank))
+        self.model = model
+        self._names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._statistics = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for buffer in module.buffers(recurse=False)
+        ]
+        self._statistics_before = [buffer.clone() for buffer in self._statistics]
+        self._trained = ALL
+        if rule == "equilibrium":
+            # While the network trains by its last exit alone there is no other gradient to balance it with.
+            balance_gradients(self._names, exits, lambda: self._trained != WITHOUT_EARLY_EXITS)
+        self.projected_gradients: ProjectedGradients | None = None
+        if rule == "pcgrad":
+            self.projected_gradients = ProjectedGradients(self._names, exits, config.seed, group)
+        self._materialize_optimizer_state()
+        if config.train.compile:
+            self._deepspeed.compile()
+        self.averages: AveragedWeights | None = None
+        if config.optim.ema_decay is not None:
+            self.averages = AveragedWeights(self._averaged_tensors(), config.optim.ema_decay)
+
+    def train_mode(self, trained: frozenset[str] = ALL) -> None:
+        """Training mode for some parts of the network (:func:`dist_train.models.parts.trained_parts`).  All ranks must call.
+
+        A part that is frozen gets no gradient, no weight decay and no momentum, and its batch norms and dropouts are in
+        evaluation mode.
+        """
+        self.model.train()
+        if not self._parts:
+            return
+        for name, module in self.model.named_modules():
+            if name:
+                module.training = part_of(name, self._parts) in trained
+        for name, parameter in self._names.items():
+            part = part_of(name, self._parts)
+            # What a part had gathered while it trained would go on moving it.
+            if part in self._trained - trained:
+                for key in state_names(self.config.optim):
+                    self._set_state(parameter, key, torch.zeros_like(self._get_state(parameter, key)))
+            parameter.requires_grad_(part in trained)
+        # AdamW counted while a part was frozen: without its correction the first updates would be several times too large.
+        self._set_updates(dict.fromkeys(trained - self._trained, 0))
+        for optimizer in (self._deepspeed.optimizer, self._deepspeed.basic_optimizer):
+            for group in optimizer.param_groups:
+                group["weight_decay"] = group["decay"] if group["part"] in trained else 0.0
+        self._trained = trained
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits of all exits, M tensors [N, K] in the autocast dtype, for images [N, 3, H, W]."""
+        self.group.phase("forward pass")
+        # The weights stay contiguous (ZeRO cannot flatten others); convolutions follow the format of the images.
+        layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
+        images = images.contiguous(memory_format=layout)
+        if self.projected_gradients is None:
+            return tuple(self._deepspeed(images))
+        # DeepSpeed refuses backward passes that it does not run itself.
+        with self.autocast():
+            return self.projected_gradients.detach(self.model(images))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one micro batch, averaged over the ranks, to that of the others; once per forward."""
+        self.group.phase("backward pass")
+        if self.loss_scale is not None and self.stage == 0:
+            loss = loss * self.loss_scale.value
+        elif self.loss_scale is not None:
+            # ZeRO scales the loss by it, and norm and clipping by its inverse.
+            self._deepspeed.optimizer.override_loss_scale(self.loss_scale.value)
+        if self.projected_gradients is not None:
+            self.projected_gradients.backward(loss)
+            return
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def update(self, learning_rate: float | None, batch: int = 0) -> Update | None:
+        """End a micro batch; with a learning rate it was the last of its global batch, and the update is made.
+
+        With a non-finite gradient the step is skipped: neither weights nor optimizer state nor running statistics change.
+        ``batch`` is the number of the global batch, which decides the order in which gradients are projected
+        (``optim.exit_gradients: pcgrad``).
+        """
+        self.group.phase("update")
+        if learning_rate is None:
+            self._deepspeed.step()
+            return None
+        # ZeRO wraps the optimizer and keeps parameter groups of its own; which of the two is read depends on the stage.
+        for optimizer in (self._deepspeed.optimizer, self._deepspeed.basic_optimizer):
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate
+        if self.projected_gradients is not None:
+            self.projected_gradients.finish(batch)
+        if self.stage == 0:
+            update = self._plain_update()
+        else:
+            self._deepspeed.step()
+            norm = self._deepspeed.get_global_grad_norm()
+            applied = bool(self._deepspeed.was_step_applied())
+            update = Update(applied, float(norm) if applied and norm is not None else float("nan"))
+        if self.loss_scale is not None:
+            self.loss_scale.count(update.applied)
+        self._keep_statistics(update.applied)
+        if update.applied and self.averages is not None:
+            self.averages.update()
+        return update
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast to the precision of training, for forward passes outside of it."""
+        return autocast(self.config.train.precision, self.group.device)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Whole weights and buffers by name; running statistics are averaged over the ranks. All ranks must call."""
+        with self._whole_parameters():
+            weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        self._average_buffers(weights)
+        return weights
+
+    def averaged_weights(self) -> dict[str, torch.Tensor] | None:
+        """The moving average of :meth:`weights`, where one is kept. All ranks must call."""
+        if self.averages is None:
+            return None
+        weights = {name: self._whole_average(name).clone() for name in self.averages.tensors}
+        self._average_buffers(weights)
+        return weights | {n: b.detach().clone() for n, b in self.model.named_buffers() if n not in weights}
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """Whole tensors ``KEY/PARAMETER`` of the optimizer, on the CPU on rank 0, empty elsewhere. All ranks must call."""
+        state = {}
+        for key in state_names(self.config.optim):
+            for name, parameter in self._names.items():
+                tensor = self._get_state(parameter, key)
+                if self.group.ranks.rank == 0:
+                    state[f"{key}/{name}"] = tensor.detach().float().cpu().clone()
+        return state
+
+    def load_optimizer_state(self, state: dict[str, torch.Tensor], updates: Mapping[str, int]) -> None:
+        """Load what :meth:`optimizer_state` returned, at any stage and number of ranks.
+
+        Args:
+            state: the tensors.
+            updates: the updates of every part of the network since it began to train.
+        """
+        for key in state_names(self.config.optim):
+            for name, parameter in self._names.items():
+                # Momentum that was switched on after the checkpoint starts from 0.
+                if f"{key}/{name}" in state:
+                    self._set_state(parameter, key, state[f"{key}/{name}"].to(self.group.device))
+        self._set_updates(updates)
+
+    def rank_state(self) -> dict[str, torch.Tensor]:
+        """What differs between the ranks: running statistics, of the network and of its averages."""
+        state = {f"model/{name}": buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
+        if self.averages is not None:
+            for name, _ in self.model.named_buffers():
+                if name in self.averages.tensors:
+                    state[f"averages/{name}"] = self.averages.tensors[name].cpu().clone()
+        return state
+
+    def load_rank_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Load what :meth:`rank_state` returned on this rank."""
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(state[f"model/{name}"])
+            if self.averages is not None and f"averages/{name}" in state:
+                self.averages.tensors[name].copy_(state[f"averages/{name}"])
+        self._keep_statistics()
+
+    def load_averages(self, weights: dict[str, torch.Tensor], updates: int) -> None:
+        """Load averaged weights and the number of updates behind them."""
+        assert self.averages is not None
+        for name, tensor in self.averages.tensors.items():
+            tensor.copy_(self._own_part(weights[name], tensor) if name in self._partitioned else weights[name])
+        self.averages.updates = updates
+
+    def _read_one_value_per_update(self, optimizer: Any) -> None:
+        """Have ZeRO 1 and 2 wait for the device once per update, for the gradient's norm, instead of three times.
+
+        A norm that is not finite tells what DeepSpeed's own look for such gradients would tell.
+        """
+        device_norm, clip_to = optimizer.scaled_global_norm, self.config.optim.max_grad_norm
+
+        def unscale_and_clip(gradients: list[torch.Tensor], norm: float) -> None:
+            scale = self.loss_scale.value if self.loss_scale is not None else 1.0
+            if clip_to is not None:
+                scale *= max(1.0, (norm / scale + 1e-6) / clip_to)
+            if scale != 1.0:
+                torch._foreach_mul_(gradients, 1 / scale)
+
+        optimizer.check_grad_overflow = False
+        optimizer.scaled_global_norm = lambda: float(device_norm())
+        optimizer.unscale_and_clip_grads = unscale_and_clip
+
+    def _averaged_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors behind the weights and buffers, by name; at stage 3 this rank's partitions of the weights."""
+        tensors = self.model.state_dict(keep_vars=True)
+        self._partitioned = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "ds_tensor")}
+        return {name: getattr(tensor, "ds_tensor", tensor) for name, tensor in tensors.items()}
+
+    def _whole_average(self, name: str) -> torch.Tensor:
+        assert self.averages is not None
+        tensor = self.averages.tensors[name]
+        if name not in self._partitioned:
+            return tensor
+        parameter = self._partitioned[name]
+        whole = tensor.new_empty(tensor.numel() * self.group.ranks.world_size)
+        self.group.gather_flat(whole, tensor)
+        return whole[: parameter.ds_numel].view(parameter.ds_shape)
+
+    def _own_part(self, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """What this rank has of a tensor at stage 3; the last partition is padded."""
+        padded = part.new_zeros(part.numel() * self.group.ranks.world_size)
+        padded[: whole.numel()] = whole.flatten()
+        start = part.numel() * self.group.ranks.rank
+        return padded[start : start + part.numel()]
+
+    def _keep_statistics(self, applied: bool = True) -> None:
+        """Keep the running statistics as they are, or go back to those before the batch whose update was not applied.
+
+        Batch norms take part in every forward pass.  One that is not finite would stay in their statistics for ever, and
+        not show in training, which does not use them.
+        """
+        now, before = self._statistics, self._statistics_before
+        if now:
+            torch._foreach_copy_(before, now) if applied else torch._foreach_copy_(now, before)
+
+    def _plain_update(self) -> Update:
+        if self._trained != ALL:
+            # As at the other stages, where a frozen parameter takes part with a gradient of zero.
+            for parameter in self._names.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        # Without ZeRO, DeepSpeed would write a gradient that is not finite into the weights.
+        gradients = [p.grad for p in self._names.values() if p.grad is not None]
+        if self.loss_scale is not None:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
+        norm = nn.utils.get_total_norm(gradients)
+        value = float(norm)
+        applied = math.isfinite(value)
+        if not applied:
+            for parameter in self._names.values():
+                parameter.grad = None  # optimizers skip parameters without a gradient
+        elif self.config.optim.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(list(self._names.values()), self.config.optim.max_grad_norm, norm)
+        self._deepspeed.step()
+        return Update(applied, value)
+
+    def _average_buffers(self, weights: dict[str, torch.Tensor]) -> None:
+        # Integer buffers, such as batch norm's counter, are the same on all ranks.
+        names = [n for n, _ in self.model.named_buffers() if n in weights and weights[n].is_floating_point()]
+        if not names or self.group.ranks.world_size == 1:
+            return
+        # One reduction for all of them: there are two small tensors per batch norm.
+        flat = torch.cat([weights[name].flatten() for name in names])
+        self.group.sum(flat).div_(self.group.ranks.world_size)
+        for name, mean in zip(names, torch.split(flat, [weights[name].numel() for name in names])):
+            weights[name].copy_(mean.view_as(weights[name]))
+
+    @contextlib.contextmanager
+    def _whole_parameters(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            yield
+
+    def _flat_parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """What the optimizer actually steps, each with its part of the network: parameters, or this rank's flat partitions."""
+        optimizer = self._deepspeed.optimizer
+        groups = optimizer.param_groups
+        if self.stage == 0:
+            return [(group["part"], parameter) for group in groups for parameter in group["params"]]
+        if self.stage == 3:
+            flat = enumerate(optimizer.fp32_partitioned_groups_flat)
+            return [(groups[optimizer.sub_group_to_group_id[i]]["part"], tensor) for i, tensor in flat]
+        return [(group["part"], tensor) for group, tensor in zip(groups, optimizer.single_partition_of_fp32_groups)]
+
+    def _set_updates(self, updates: Mapping[str, int]) -> None:
+        """Set how many updates AdamW has made of some parts of the network."""
+        if self.config.optim.name == "adamw":
+            for part, parameter in self._flat_parameters():
+                if part in updates:
+                    self._deepspeed.basic_optimizer.state[parameter]["step"].fill_(float(updates[part]))
+
+    def _materialize_optimizer_state(self) -> None:
+        # torch creates the state in the first update; created here, it can be saved and restored at any time.
+        # DeepSpeed links state to parameters once, after the first group's update, and so misses that of later groups.
+        state = self._deepspeed.basic_optimizer.state
+        names = state_names(self.config.optim)
+        for _, parameter in self._flat_parameters():
+            for key in names:
+                state[parameter][key] = torch.zeros_like(parameter, requires_grad=False)
+            if self.config.optim.name == "adamw":
+                state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        if self.stage in (1, 2) and names:
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _get_state(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        if self.stage == 0:
+            return cast(torch.Tensor, self._deepspeed.basic_optimizer.state[parameter][key])
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        trains = parameter.requires_grad
+        parameter.requires_grad_()  # at stage 3 DeepSpeed gives no state of a frozen parameter
+        try:
+            return cast(torch.Tensor, safe_get_full_optimizer_state(parameter, key))
+        finally:
+            parameter.requires_grad_(trains)
+
+    def _set_state(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        if self.stage == 0:
+            self._deepspeed.basic_optimizer.state[parameter][key].copy_(value)
+            return
+        from deepspeed.utils import (
+            safe_get_local_optimizer_state,
+            safe_set_full_optimizer_state,
+            safe_set_local_optimizer_state,
+        )
+
+        if self.stage < 3:
+            safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # DeepSpeed's full setter fails for a parameter whose size the ranks do not divide: the last partition is padded.
+        part = self._own_part(value, safe_get_local_optimizer_state(parameter, key))
+        safe_set_local_optimizer_state(parameter, part, key)
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, stage: int, group: Group) -> Any:
+    train = config.train
+    steps = accumulation_steps(train, group.ranks.world_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    bucket = bucket_elements(parameters)
+    settings = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": steps,
+        # The other stages clip with the norm that is read from the device anyway.
+        "gradient_clipping": config.optim.max_grad_norm or 0.0 if stage == 3 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            # Copying every gradient into one buffer saves nothing at stage 1, and costs 4 % of a step of 200 ms.
+            "contiguous_gradients": stage > 1,
+            # At stages 1 and 2 DeepSpeed's overlap stops the host until the device is idle, for every bucket and every
+            # backward pass: the host then queues nothing ahead, and DALI's decoding is waited for as well.
+            "overlap_comm": stage == 3 and group.device.type == "cuda",
+            "stage3_prefetch_bucket_size": bucket,
+            # DeepSpeed's defaults (1e9 and 1e5 elements) would keep most of a network of this size whole on every rank.
+            "stage3_max_live_parameters": max(bucket, parameters // 4),
+            "stage3_max_reuse_distance": max(bucket, parameters // 4),
+            "stage3_param_persistence_threshold": parameters // 1000,
+        },
+        # It would wait for the device at the beginning and at the end of every step.
+        "timers": {"throughput": {"enabled": False}},
+        "torch_autocast": {
+            "enabled": train.precision != "fp32",
+            "dtype": "float16" if train.precision == "fp16" else "bfloat16",
+            # Gradients are reduced in float32 at every stage; what the stages end at differs by rounding alone.
+            "lower_precision_safe_modules": [],
+        },
+        "steps_per_print": 10**12,  # never: the trainer logs
+    }
+    if group.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        # On a CPU DeepSpeed would compile a shared-memory reduction at start, which takes half a minute and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with launcher_variables(group.ranks):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    # torch's loss scale, which DeepSpeed takes for fp16, is unscaled nowhere at ZeRO 1 and 2: loss_scale takes its place.
+    engine.torch_autocast_z0_gradscaler = None
+    if stage:
+        engine.optimizer.torch_autocast_gradscaler = None
+    return engine

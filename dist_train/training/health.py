@@ -1,0 +1,99 @@
+"""What interrupts a run: requests to stop, and steps whose gradient is not finite."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+
+from dist_train.distributed.group import Group
+from dist_train.distributed.launcher import Launcher
+from dist_train.errors import TrainingError
+from dist_train.training.checkpoint import Progress
+from dist_train.training.loss_scale import LossScale
+
+log = logging.getLogger("dist_train")
+
+
+class StopRequests:
+    """Turns SIGTERM, SIGINT, SIGHUP and SIGUSR2, and the end of the launcher, into a flag that the loop polls between steps.
+
+    A handler must not save by itself: it runs in the middle of a step, and a collective save there would deadlock.
+    A second SIGINT ends the process at once.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._launcher = Launcher()
+
+    def __enter__(self) -> StopRequests:
+        for number in self.signals:
+            # Under nohup a process ignores SIGHUP; installing a handler would undo that.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    @property
+    def reason(self) -> str | None:
+        """Why this rank should stop, as text for the log; None while it should not."""
+        # A signal is named first: it explains the end of a launcher that got it as well.
+        if self._received is not None:
+            return self._received.name
+        return "the end of its launcher" if self._launcher.is_gone else None
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # The second Ctrl-C: the user does not want to wait for the checkpoint.
+        if self._received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number)
+
+
+class SkippedSteps:
+    """Counts steps that were skipped because the gradient was not finite; every rank has one."""
+
+    def __init__(self, group: Group, allowed_in_a_row: int) -> None:
+        self.group = group
+        self.allowed = allowed_in_a_row
+        self.in_a_row = 0
+
+    def count(self, applied: bool, loss: torch.Tensor, progress: Progress, scale: LossScale | None = None) -> None:
+        """Count one step in the progress; name the rank whose loss caused a skipped one.  All ranks must call.
+
+        As long as the loss scale can fall, that is the remedy, and a skipped step does not count towards the limit in a row.
+        """
+        if applied or scale is None or scale.is_smallest:
+            self.in_a_row = 0 if applied else self.in_a_row + 1
+        progress.skipped_steps += not applied
+        if applied:
+            return
+        finite = self.group.gather(bool(torch.isfinite(loss)))
+        if finite is None:
+            return
+        ranks = [str(rank) for rank, fine in enumerate(finite) if not fine]
+        source = f"the loss of rank {', '.join(ranks)} is not finite" if ranks else "every rank's loss is finite"
+        log.warning(
+            "step %d (batch %d): the gradient is not finite (%s); step skipped, %d in all%s",
+            progress.step,
+            progress.batch,
+            source,
+            progress.skipped_steps,
+            f"; the loss scale is now {scale.value:g}" if scale else "",
+        )
+
+    def check(self, step: int) -> None:
+        """Raise TrainingError after too many skipped steps in a row."""
+        if self.in_a_row >= self.allowed:
+            raise TrainingError(
+                f"{self.in_a_row} steps in a row had a gradient that is not finite (step {step}); the weights and the "
+                "last checkpoint are from before; lower optim.lr, set optim.max_grad_norm, or try train.precision fp32"
+            )

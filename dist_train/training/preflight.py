@@ -1,0 +1,131 @@
+"""The checks before a run: whatever is wrong is found here, before a process group exists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from dist_train.config import Config, accumulation_steps
+from dist_train.config_file import load_config
+from dist_train.data.order import Order
+from dist_train.data.split import KeptQuarantine, open_split, open_training
+from dist_train.distributed.group import Ranks
+from dist_train.distributed.lock import RunLock
+from dist_train.errors import ConfigError, DataError
+from dist_train.models import MultiExitNetwork, build_model, load_pretrained
+from dist_train.models.cost import cost_columns
+from dist_train.training.resume import ResumePoint, resume_point
+from dist_train.training.zero import chosen_stage
+from shards.index import Index
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A run that can start: its data, its untrained network, its batch arithmetic."""
+
+    config: Config
+    train: Index
+    val: Index
+    model: MultiExitNetwork
+    accumulation_steps: int
+    """Forward passes accumulated per update on every rank."""
+    steps_per_epoch: int
+    zero_stage: int
+    """As it was chosen, where the configuration says auto."""
+
+    @cached_property
+    def costs(self) -> dict[str, list[float]]:
+        """Per kind of cost, that of every exit, see :func:`dist_train.models.cost.cost_columns`."""
+        return cost_columns(self.model, self.config.data.image_size)
+
+
+def preflight(config: Config, ranks: Ranks) -> Preflight:
+    """Check a configuration against the device, the shards and the run folder, and build the network.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    # In the order of cost: what takes no reading comes first, the network last.
+    check_device(config, ranks.device)
+    steps = accumulation_steps(config.train, ranks.world_size)
+    kept = KeptQuarantine(config.folder).read()
+    val = open_split(config.data, config.data.val, kept)
+    train = open_training(config.data, val.classes, kept)
+    if train.classes != val.classes:
+        raise DataError(
+            f"{config.data.shards}: {config.data.train} and {config.data.val} have different classes; make them together"
+        )
+    # An order knows without reading how long an epoch is: none, if a global batch is larger than the split.
+    batch = config.train.global_batch
+    order = Order(train.shard_sizes, train.label, config.data, config.seed, batch, weight=train.weight)
+    if order.steps_per_epoch == 0:
+        raise ConfigError(
+            f"train.global_batch is {config.train.global_batch}, but {config.data.train_name} has only {order.pass_size} images; "
+            "use a smaller one, or data.last_batch: wrap"
+        )
+    model = build_model(config.model, len(train.classes), config.data.image_size)
+    _check_writable(config.folder)
+    stage = chosen_stage(config, model, ranks.world_size)
+    return Preflight(config, train, val, model, steps, order.steps_per_epoch, stage)
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Raise ConfigError for a precision, ZeRO stage or option that the device cannot do."""
+    train = config.train
+    if (
+        train.precision == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ConfigError("train.precision is bf16, which this GPU does not have; use fp16 or fp32")
+    if config.data.decoder == "gpu" and device.type == "cpu":
+        raise ConfigError("data.decoder is gpu, but there is no GPU here; set auto or cpu")
+    if train.sync_bn and device.type == "cpu":
+        raise ConfigError("train.sync_bn is true, which needs a GPU; set it to false")
+
+
+def check_start(path: str, overrides: Sequence[str], processes: int) -> None:
+    """What a launcher checks, once, before it starts processes: preflight, and where the run would resume.
+
+    Args:
+        path: the configuration.
+        overrides: of its fields.
+        processes: of the whole run.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    config = load_config(path, *overrides)
+    # Here, so that it is said once, and before the ranks have spent time on their imports.
+    RunLock(config.folder).refuse_if_held()
+    check_processes(config, Ranks(0, processes, 0, processes))
+
+
+def check_processes(config: Config, ranks: Ranks) -> tuple[Preflight, ResumePoint | None]:
+    """:func:`preflight`, and the checkpoint that the run would resume from, which must be one of this run.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    ready = preflight(config, ranks)
+    resume = resume_point(config, ready.train, ready.val)
+    # A resumed run takes its weights from the checkpoint: the pretrained file may be gone by then.
+    if resume is None:
+        load_pretrained(ready.model, config.model)
+    return ready, resume
+
+
+def _check_writable(folder: Path) -> None:
+    # The folder may not exist yet: the nearest one above it that does decides.
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(
+            f"{existing}: is a file; the run folder {folder} cannot be created there; set --runs or --name"
+        )
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"{existing}: is not writable, the run folder {folder} cannot be created there; set --runs")

@@ -1,0 +1,260 @@
+"""The training loop: from a configuration to a trained network, resuming an earlier start of the same run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+
+from dist_train.config import Config
+from dist_train.data.pipeline import GlobalBatch, Loader
+from dist_train.distributed.group import Group
+from dist_train.distributed.watchdog import Watchdog
+from dist_train.loss import ExitDistillation
+from dist_train.models import load_pretrained
+from dist_train.models.parts import WITHOUT_EARLY_EXITS, trained_parts
+from dist_train.precision import emulation_warning
+from dist_train.training import checkpoint
+from dist_train.training.checkpoint import Progress
+from dist_train.training.checkpointer import Checkpointer
+from dist_train.training.determinism import explain_nondeterministic_operations
+from dist_train.training.engine import Engine, Update
+from dist_train.training.health import SkippedSteps, StopRequests
+from dist_train.training.memory import explain_out_of_memory, peak_memory
+from dist_train.training.meter import Meter, StepClock
+from dist_train.training.preflight import Preflight
+from dist_train.training.random_state import seed_random
+from dist_train.training.resume import resume_point
+from dist_train.training.run_folder import Run, RunFolder
+from dist_train.training.schedule import Schedule
+from dist_train.training.validation import Validation, Validator
+
+log = logging.getLogger("dist_train")
+
+
+class Trainer:
+    """One run on one rank; every method is called on all ranks together."""
+
+    def __init__(
+        self, config: Config, ready: Preflight, group: Group, requests: StopRequests, watchdog: Watchdog
+    ) -> None:
+        self.config, self.group, self.requests, self.watchdog = config, group, requests, watchdog
+        self.ready = ready
+        self.rank = group.ranks.rank
+        self.schedule = Schedule(config, ready.steps_per_epoch)
+        self.progress = Progress()
+        self.validation: Validation | None = None
+        self.update = Update(applied=True, gradient_norm=float("nan"))
+        self.learning_rate = float("nan")
+
+        # Rank 0 decides for all, and the checkpoint that it has checked is the one that is loaded.
+        resume = group.on_rank0(lambda: resume_point(config, ready.train, ready.val))
+        log.info("starting %s: loading DALI and DeepSpeed; the first step comes after that", config.folder)
+        loaded = checkpoint.read(resume.path) if resume else None
+        if resume and loaded:
+            checkpoint.load_weights(ready.model, loaded.model, resume.path)
+        else:
+            load_pretrained(ready.model, config.model)
+        self.criterion = ExitDistillation.from_config(config.loss, ready.model.num_exits).to(group.device)
+        group.phase("DALI")
+        loader = Loader.of_run(config, ready.val, group, split=config.data.val)
+        self.validator = Validator(copy.deepcopy(ready.model), loader, group, self.criterion, config.train.precision)
+        group.phase("DeepSpeed")
+        self.engine = Engine(ready.model, config, group)
+        self.meter = Meter(self.criterion.num_exits, group)
+        self.clock = StepClock(group)
+        self.checkpointer = Checkpointer(config, ready, group, self.engine, self.criterion, self.meter)
+        # From here on the ranks draw different numbers: dropout must not be the same on all of them.
+        seed_random(config.seed + 1 + self.rank)
+        if resume and loaded:
+            group.phase("restoring")
+            self.progress = self.checkpointer.restore(resume, loaded)
+        self.skipped_steps = SkippedSteps(group, config.faults.max_nonfinite)
+        group.phase("DALI")
+        self.loader = Loader.of_run(config, ready.train, group)
+        self.checkpointer.attach(self.loader.bad)
+        self.run_folder = RunFolder(config, ready, group, self.schedule.batches)
+        # A run that resumes from a checkpoint measures nothing again of what lies before it.
+        self.checkpointer.before_writing = self.run_folder.flush
+        order = self.loader.order.summary() if self.loader.order else None
+        slow = emulation_warning(config.train.precision, group.device.type)
+        self.run_folder.begin(self.progress, self.schedule.validation_is_due(self.progress), resume, [order, slow])
+        watchdog.at_end = functools.partial(self.run_folder.close, "FAILED", timeout=10)
+        self._save_after_validation = False
+
+    def run(self) -> Run:
+        """Train to the end, or to the next step boundary after a request to stop."""
+        status, stopped = "FAILED", False
+        try:
+            out_of_memory = explain_out_of_memory(self.config, self.group)
+            with self.run_folder.display, out_of_memory, explain_nondeterministic_operations():
+                while not stopped:
+                    if self.schedule.at_boundary(self.progress):
+                        stopped = self._end_epoch()
+                    if stopped or self.schedule.at_end(self.progress):
+                        break
+                    stopped = self._train_epoch()
+            status = "RUNNING" if stopped else "FINISHED"
+            return self._close(finished=not stopped)
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        except Exception as error:
+            self.watchdog.fail(error)
+            raise
+        finally:
+            self.close(status)
+
+    def close(self, status: str) -> None:
+        """Stop reading, and end the run in MLflow with a status."""
+        self.loader.close()
+        self.validator.loader.close()
+        self.run_folder.close(status)
+
+    def _train_epoch(self) -> bool:
+        """Train to the end of the epoch; true if the run must stop now."""
+        epoch, start = divmod(self.progress.batch, self.ready.steps_per_epoch)
+        trained = trained_parts(self.config.model, epoch)
+        self.engine.train_mode(trained)
+        self.criterion.use_last_exit_alone(trained == WITHOUT_EARLY_EXITS)
+        for batch in self.loader.epoch(epoch, start_batch=start):
+            if self.step(batch):
+                return True
+            if self.schedule.at_end(self.progress):
+                break
+        return False
+
+    def step(self, batch: GlobalBatch) -> bool:
+        """Train on one global batch, log and save where that is due; true if the run must stop now."""
+        finish_vote = self._train_on(batch)
+        if self.progress.batch % self.config.tracking.log_every == 0:
+            self._log_training()
+        stop, save = finish_vote()
+        save = save or self.checkpointer.due_by_steps(self.progress, self.update.applied)
+        # At the end of an epoch the checkpoint follows the validation, whose result it keeps.
+        if stop or (save and not self.schedule.at_boundary(self.progress)):
+            self._save(last=stop)
+        self._save_after_validation = save
+        return stop
+
+    def _train_on(self, batch: GlobalBatch) -> Callable[[], tuple[bool, ...]]:
+        """Forward and backward over the micro batches, one update, one move of the temperature.
+
+        Returns:
+            a function that waits for the vote of all ranks and returns whether to stop, and whether to save.
+        """
+        steps, device = self.ready.accumulation_steps, self.group.device
+        # Averaged over ranks and micro batches, label terms divided by this give the mean over the labeled images.
+        labeled = max(1, batch.labeled) / (self.group.ranks.world_size * steps)
+        confidence, total = torch.zeros(2, device=device), torch.zeros((), device=device)
+        for number, micro in enumerate(self.clock.waiting_for(batch), start=1):
+            with self.clock.computing():
+                logits = self.engine.forward(micro.images)
+                loss, stats = self.criterion(logits, micro.targets, labeled=labeled, passes=steps)
+            self.engine.backward(loss)
+            self.meter.add(stats.vector, loss.detach() * steps, len(micro.ids))
+            confidence += torch.stack([stats.confidence, stats.samples])
+            total += loss.detach()
+            if number < steps:
+                self.engine.update(None)
+        # A signal reaches the ranks at different steps: they agree, so that all of them save after the same one.  On a GPU
+        # they do while it is still busy with what was queued, and the update waits for it.
+        finish_vote = self.group.vote(self.requests.reason is not None, self.checkpointer.due_by_time)
+        self.learning_rate = self.schedule.learning_rate(self.progress)
+        update = self.engine.update(self.learning_rate, self.progress.batch)
+        assert update is not None
+        self.update = update
+        self.progress.batch += 1
+        if update.applied:
+            # A skipped step moves neither the learning rate nor the temperature; its batch is consumed all the same.
+            self.progress.step += 1
+            if self.criterion.needs_confidence:
+                self.group.sum(confidence)
+            self.criterion.end_batch(confidence)
+        self.schedule.begin_stage(self.progress)
+        self.skipped_steps.count(update.applied, total, self.progress, self.engine.loss_scale)
+        self.skipped_steps.check(self.progress.step)
+        self.watchdog.step(self.progress.step, self.progress.batch)
+        self.run_folder.display.step(self.progress.batch)
+        return finish_vote
+
+    def _end_epoch(self) -> bool:
+        """Validate and save where one of them is due, once for a batch; true if the run must stop before it is done."""
+        epoch, finished = self.schedule.epochs_begun(self.progress), self.schedule.at_end(self.progress)
+        save, self._save_after_validation = self._save_after_validation, False
+        best, before = False, (self.progress.best_score, self.progress.best_step)
+        if self.schedule.validation_is_due(self.progress):
+            self.validation = self.validator.run(self._validated_weights(), lambda: self.requests.reason is not None)
+            if self.validation is None:
+                self._save(last=True)
+                return True
+            best = self._note(self.validation)
+            self.run_folder.log_validation(self.progress, epoch, self.validation, best)
+        if finished:
+            self._report()
+        every = self.config.checkpoint.every_epochs
+        due = best or finished or save or (every and epoch % every == 0)
+        if due and not self._save(finished=finished, last=finished) and best:
+            # The best one is a checkpoint that is there.
+            self.progress.best_score, self.progress.best_step = before
+        return False
+
+    def _save(self, *, finished: bool = False, last: bool = False) -> bool:
+        return self.checkpointer.save(self.progress, finished=finished, last=last)
+
+    def _note(self, validation: Validation) -> bool:
+        """Take a validation into the progress; whether it is the best one so far."""
+        progress, score = self.progress, validation.mean_top1
+        progress.evaluated = progress.batch
+        best = progress.best_score is None or score > progress.best_score
+        if best:
+            progress.best_score, progress.best_step = score, progress.step
+        return best
+
+    def _validated_weights(self) -> dict[str, torch.Tensor]:
+        return self.engine.averaged_weights() or self.engine.weights()
+
+    def _log_training(self) -> None:
+        metrics = self.meter.reduce_and_reset(self.clock)
+        metrics |= {
+            "train/temperature": float(self.criterion.temperature.mean()),
+            "train/learning_rate": self.learning_rate,
+            "train/gradient_norm": self.update.gradient_norm,
+            "train/skipped_steps": float(self.progress.skipped_steps),
+            "train/epoch": self.progress.batch / self.ready.steps_per_epoch,
+            "train/failed_saves": float(self.checkpointer.failed_saves),
+            "train/unreadable_images": float(self.loader.bad.count(self.group)),
+        }
+        if self.engine.projected_gradients is not None:
+            metrics |= self.engine.projected_gradients.metrics()
+        metrics["memory/peak_gib"] = peak_memory(self.group.device)
+        if self.engine.loss_scale is not None:
+            metrics["train/loss_scale"] = self.engine.loss_scale.value
+        self.run_folder.log(self.progress, metrics)
+        self.run_folder.display.metrics(self.progress.batch, metrics["train/epoch"], metrics)
+
+    def _report(self) -> None:
+        """Write report.json at the end; a run that had ended before keeps the one that it has."""
+        if self.validation is None:
+            if self.group.on_rank0(lambda: self.run_folder.has_report):
+                return
+            self.validation = self.validator.run(self._validated_weights())
+            assert self.validation is not None
+        self.run_folder.write_report(self.progress, self.validation)
+
+    def _close(self, finished: bool) -> Run:
+        # Wait for all: a launcher ends the other ranks when one exits, and rank 0 may still be writing the checkpoint.
+        self.group.any_rank(finished)
+        if finished and self.validation:
+            self.run_folder.say_result(self.validation)
+        elif finished:
+            self.run_folder.say_earlier_result(self.progress)
+        elif self.rank == 0:
+            reason = self.requests.reason or "a request on another rank"
+            log.info(
+                "stopped by %s at step %d, saved; run the same command again to resume", reason, self.progress.step
+            )
+        return Run(self.run_folder.path, self.progress, finished, self.validation)

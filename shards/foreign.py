@@ -1,0 +1,408 @@
+"""Indices for WebDatasets made elsewhere, whose tars stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_train.errors import DataError
+from dist_train.files import write_whole
+from shards import sheet
+from shards.images import Unreadable, as_stored
+from shards.index import FILE, UNLABELED, Index, Shard
+from shards.make import Split, drafts_in, read_manifest, write_manifest
+from shards.processes import ProgressCallback, in_processes
+from shards.source import read_path, refuse_unprintable, shown
+from shards.tarsplits import find_tars
+from shards.tarstream import File, TarStream
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+SOURCES = ("cls", "json", "txt")
+NO_CLASS = ("-1", "-100")
+"""Labels that mean that there is none: torchvision's and timm's, and what torch's losses ignore."""
+_COLUMNS = ("key", "ext", "offset", "size", "width", "height", "text", "label_offset", "label_size")
+
+
+@dataclass(frozen=True)
+class LabelForm:
+    """Where a sample's label stands: in the file KEY.``ext``; of JSON, in its field ``field`` (``a.b`` for b in a)."""
+
+    ext: str
+    field: str | None = None
+
+    def means(self, data: bytes, label: int, classes: Sequence[str]) -> bool:
+        """Whether a sample's label is the class of this number, by its number or its name."""
+        try:
+            text = self.read(data)
+        except ValueError:
+            return False
+        return text == classes[label] or (text.isdecimal() and int(text) == label)
+
+    def read(self, data: bytes) -> str:
+        """The label as a text; raises ValueError if it has none."""
+        if self.ext != "json":
+            return data.decode().strip()
+        value: Any = json.loads(data)
+        for part in (self.field or "label").split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise ValueError(f"its JSON has no field '{self.field or 'label'}'")
+            value = value[part]
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise ValueError(f"its field '{self.field or 'label'}' is a {type(value).__name__}, not a class")
+        return str(value).strip()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A tar to be read, and the file that is there when, and only when, that is done."""
+
+    path: Path
+    done_file: Path
+    form: LabelForm
+
+
+def index_folder(
+    folder: Path,
+    out: Path | None = None,
+    classes: Path | None = None,
+    label_from: str | None = None,
+    field: str | None = None,
+    workers: int = 1,
+    report: ProgressCallback | None = None,
+) -> list[Split]:
+    """Write an index for every split of the tars in ``folder``, or in its folders train, val and test.
+
+    The tars are read once, from the first byte to the last.  After an interruption the same call reads those that are
+    missing.
+
+    Args:
+        folder: of the tars.  Splits may be folders, or stand in the tars' names; otherwise all is train.
+        out: where the indices are written, one folder per split (default: ``folder``).
+        classes: a file with the names of the classes, in the order of their numbers.
+        label_from: "cls", "json" or "txt" (default: the first of these that a sample has).
+        field: of the JSON, which has the label.
+        workers: processes.
+
+    Raises:
+        DataError: there are no tars, a damaged or compressed one, a sample without an image or a label, or labels that
+            are no classes.
+    """
+    splits = find_tars(folder)
+    form = _label_form(next(iter(splits.values()))[0], label_from, field)
+    names = _read_classes(classes) if classes else None
+    target = out or folder
+    places = {split: _place(folder, out, split, tars) for split, tars in splits.items()}
+    try:
+        with drafts_in(target) as drafts:
+            _refuse_existing(drafts, places.values())
+            notes = drafts / "index" / "tars"
+            notes.mkdir(parents=True, exist_ok=True)
+            tasks = {split: [_task(notes, path, form) for path in tars] for split, tars in splits.items()}
+            for split, part in tasks.items():
+                _read_all(split, part, workers, report)
+            found = {split: [json.loads(task.done_file.read_bytes()) for task in part] for split, part in tasks.items()}
+            labels = _Labels.of(found, names, form)
+            for split, tars in splits.items():
+                _save(places[split], tars, found[split], labels)
+            shutil.rmtree(drafts)
+    except DataError as error:
+        if "cannot be written" in str(error) and out is None:
+            raise DataError(f"{error}, with --out") from None
+        raise
+    return [Split(place, Index.load(place), read_manifest(place)) for place in places.values()]
+
+
+def _refuse_existing(drafts: Path, places: Iterable[Path]) -> None:
+    """Refuse to write over an index, unless an interrupted start has left it."""
+    for place in places:
+        if (place / FILE).exists() and not (drafts / "index").exists():
+            raise DataError(f"{place}: has an index already; remove its {FILE} to make it again")
+
+
+def _place(folder: Path, out: Path | None, split: str, tars: Sequence[Path]) -> Path:
+    """Where the index of a split goes: beside its tars, if they are in the split's folder."""
+    if out is None and tars[0].parent.name == split:
+        return tars[0].parent
+    return (out or folder) / split
+
+
+def _label_form(tar: Path, label_from: str | None, field: str | None) -> LabelForm:
+    """Where the labels stand, as the first sample has them."""
+    if field is not None and label_from not in (None, "json"):
+        raise DataError(
+            f"--label-key {field} is for labels in JSON, --label-from is {label_from}; leave one of them out"
+        )
+    if label_from or field:
+        return LabelForm(label_from or "json", field)
+    files: dict[str, File] = {}
+    key = None
+    for file in TarStream(tar):
+        stem, ext = _parts(file.name)
+        if key is not None and stem != key:
+            break
+        if _is_hidden(file.name):
+            continue
+        key = stem
+        files[ext.lower()] = file
+    if "cls" in files:
+        return LabelForm("cls")
+    if "json" in files:
+        try:
+            tree = json.loads(files["json"].data or b"")
+        except ValueError:
+            tree = None
+        if isinstance(tree, dict) and "label" in tree:
+            return LabelForm("json")
+        if isinstance(tree, dict):
+            raise DataError(
+                f"{tar}: its samples have no .cls, and of their JSON's fields ({', '.join(map(str, tree))[:120]}) none is 'label'; give --label-key FIELD, or --label-from txt"
+            )
+    if "txt" in files:
+        return LabelForm("txt")
+    raise DataError(
+        f"{tar}: its first sample, {shown(key or 'which is missing')}, has no .cls, .json or .txt with a label"
+    )
+
+
+def _task(drafts: Path, path: Path, form: LabelForm) -> _Task:
+    state = path.stat()
+    text = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {form}"
+    return _Task(
+        path, drafts / f"tar-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:24]}.json", form
+    )
+
+
+def _read_all(split: str, tasks: Sequence[_Task], workers: int, report: ProgressCallback | None) -> None:
+    todo = [task for task in tasks if not task.done_file.exists()]
+    sizes = {task.path: task.path.stat().st_size for task in tasks}
+    total, done = sum(sizes.values()), sum(sizes[task.path] for task in tasks if task not in todo)
+    images = 0
+    for task, count in zip(todo, in_processes(_read_tar, todo, workers)):
+        done += sizes[task.path]
+        images += count
+        if report:  # how many images there are is known at the end only
+            report(split, images, round(images * total / done))
+
+
+def _read_tar(task: _Task) -> int:
+    """Read a tar, leave what was found in its done file, and return the number of images."""
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    skipped: list[tuple[str, str]] = []
+    unusual = Counter[str]()
+    stream, seen = TarStream(task.path), set[str]()
+    group: dict[str, File] = {}
+    key = ""
+
+    def add() -> None:
+        if not group:
+            return
+        if key in seen:
+            raise DataError(f"{task.path}: has two samples of the key {shown(key)}; give every sample a key of its own")
+        seen.add(key)
+        _add_sample(task, key, group, columns, skipped, unusual)
+        group.clear()
+
+    for file in stream:
+        if _is_hidden(file.name):
+            continue
+        stem, ext = _parts(file.name)
+        if stem != key:
+            add()
+            key = stem
+        if ext in group:
+            raise DataError(f"{task.path}: holds {shown(file.name)} twice; pack it again")
+        # Of what is neither image nor label only the name is kept.
+        group[ext] = file if ext.lower() in (*IMAGES, task.form.ext) else file._replace(data=None)
+    add()
+    tree = {"bytes": stream.length, "sha256": stream.sha256, "columns": columns, "skipped": skipped, "unusual": unusual}
+    write_whole(task.done_file, json.dumps(tree))
+    return len(columns["key"])
+
+
+def _add_sample(
+    task: _Task,
+    key: str,
+    group: Mapping[str, File],
+    columns: dict[str, list[Any]],
+    skipped: list[tuple[str, str]],
+    unusual: Counter[str],
+) -> None:
+    where = f"{task.path}: sample {shown(key)}"
+    images = [ext for ext in group if ext.lower() in IMAGES]
+    if len(images) != 1:
+        if not images:
+            raise DataError(f"{where} has no image ({', '.join(map(shown, group))}); images end in {', '.join(IMAGES)}")
+        raise DataError(f"{where} has several images ({', '.join(images)}); keep one of them")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: its key is not UTF-8; rename its files") from None
+    label = group.get(task.form.ext)
+    if label is None or label.data is None:
+        raise DataError(f"{where} has no .{task.form.ext}; add it, or give another --label-from")
+    try:
+        text = task.form.read(label.data)
+        if not text:
+            raise ValueError("it is empty")
+    except (ValueError, RecursionError) as error:
+        reason = "it is no text" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise DataError(f"{where}: its .{task.form.ext} has no label ({reason})") from None
+    image = group[images[0]]
+    try:
+        encoded = as_stored(image.data or b"")
+    except Unreadable as error:
+        skipped.append((f"{task.path.name}: {image.name}", str(error)))
+        return
+    unusual.update(encoded.unusual)
+    values = (key, images[0], image.offset, image.size, encoded.width, encoded.height, text, label.offset, label.size)
+    for column, value in zip(columns.values(), values):
+        column.append(value)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The classes of all splits, and which of them a label means."""
+
+    classes: tuple[str, ...]
+    number: Mapping[str, int]
+    form: LabelForm
+
+    @classmethod
+    def of(
+        cls, found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str] | None, form: LabelForm
+    ) -> _Labels:
+        texts = {
+            split: Counter(text for part in parts for text in part["columns"]["text"]) for split, parts in found.items()
+        }
+        every = {text for counts in texts.values() for text in counts}
+        images = sum(sum(counts.values()) for counts in texts.values())
+        if not images:
+            raise DataError("no image in these tars can be read; `python -m shards index` needs some")
+        numbers = all(text.isdecimal() or text in NO_CLASS for text in every)
+        if numbers and not (names and every <= set(names)):
+            return cls._of_numbers({text: int(text) for text in every}, names, form)
+        if names is None:
+            if len(every) > max(100, images // 2):
+                raise DataError(
+                    f"its {images} samples have {len(every)} different labels, such as '{shown(min(every))[:40]}': captions, no classes; "
+                    "give --label-from or --label-key"
+                )
+            cls._refuse_extra(texts)
+            names = sorted(every.difference(NO_CLASS))
+        unknown = sorted(every.difference(NO_CLASS, names))
+        if unknown:
+            raise DataError(
+                f"the label '{shown(unknown[0])[:60]}' is none of the {len(names)} classes of --classes; add it there"
+            )
+        number = dict.fromkeys(NO_CLASS, UNLABELED) | {name: number for number, name in enumerate(names)}
+        return cls(tuple(names), number, form)
+
+    @classmethod
+    def _of_numbers(cls, numbers: dict[str, int], names: Sequence[str] | None, form: LabelForm) -> _Labels:
+        largest = max(numbers.values())
+        if largest < 0:
+            raise DataError("all of its labels are negative, which means that there is none; give another --label-key")
+        if names is None:
+            if largest >= max(1000, 100 * len(numbers)):
+                raise DataError(
+                    f"its labels are {len(numbers)} numbers up to {largest}, which are no classes from 0 on; give --classes FILE with a name for each, or another --label-key"
+                )
+            names = [str(number) for number in range(largest + 1)]
+        elif largest >= len(names):
+            raise DataError(
+                f"its labels go up to {largest}, --classes names {len(names)} classes, 0 to {len(names) - 1}"
+            )
+        return cls(tuple(names), {text: number if number >= 0 else UNLABELED for text, number in numbers.items()}, form)
+
+    @staticmethod
+    def _refuse_extra(texts: Mapping[str, Counter[str]]) -> None:
+        for split, counts in texts.items():
+            extra = sorted(set(counts).difference(NO_CLASS, texts.get("train", counts)))
+            if extra:
+                raise DataError(
+                    f"{split} has the class '{shown(extra[0])[:60]}', which train lacks; give --classes FILE with all classes"
+                )
+
+
+def _save(place: Path, tars: Sequence[Path], parts: Sequence[Mapping[str, Any]], labels: _Labels) -> None:
+    """Write index, manifest, and DALI's index of every tar."""
+    refuse_unprintable(labels.classes)
+    place.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    rows: list[tuple[Path, Mapping[str, list[Any]]]] = []
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("key", "ext", "offset", "size", "width", "height", "label", "shard")
+    }
+    for tar, part in zip(tars, parts):
+        found = part["columns"]
+        if not found["key"]:
+            continue
+        name = os.path.relpath(tar.resolve(), place.resolve())
+        columns["shard"] += [len(shards)] * len(found["key"])
+        columns["label"] += [labels.number[text] for text in found["text"]]
+        columns["key"] += [key.encode() for key in found["key"]]
+        for column in ("ext", "offset", "size", "width", "height"):
+            columns[column] += found[column]
+        shards.append(Shard(name, part["bytes"], part["sha256"], len(found["key"])))
+        rows.append((tar, found))
+    if not shards:
+        raise DataError(f"{tars[0].parent}: no image of {place.name} can be read; see that the tars hold images")
+    index = Index.from_columns(labels.classes, shards, {name: np.array(values) for name, values in columns.items()})
+    for tar, found in rows:
+        write_whole(place / f"{tar.stem}.idx", _dali_index(found, labels.form.ext))
+    unusual = sum((Counter(part["unusual"]) for part in parts), Counter[str]())
+    write_manifest(place, index, unusual, [tuple(pair) for part in parts for pair in part["skipped"]], [])
+    (place / sheet.FILE).unlink(missing_ok=True)  # of an index that was removed
+    index.save(place, {"label_form": asdict(labels.form)})
+
+
+def _dali_index(found: Mapping[str, list[Any]], label: str) -> str:
+    rows = zip(*(found[name] for name in ("ext", "offset", "size", "key", "label_offset", "label_size")))
+    lines = [
+        f"{ext} {at} {size} {key}.{ext} {label} {label_at} {label_size} {key}.{label}\n"
+        for ext, at, size, key, label_at, label_size in rows
+    ]
+    return f"v1.2 {len(lines)}\n" + "".join(lines)
+
+
+def _read_classes(path: Path) -> list[str]:
+    """Class names in the order of their numbers: one a line, or JSON, a list or ``{"0": name}``."""
+    try:
+        text = read_path(path).decode()
+        if text.lstrip().startswith(("[", "{")):
+            tree = json.loads(text)
+            if isinstance(tree, dict):
+                tree = [tree[str(number)] for number in range(len(tree))]
+            names = [str(name[0]) if isinstance(name, list) else str(name) for name in tree]
+        else:
+            names = [line.strip() for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, IndexError, RecursionError) as error:
+        raise DataError(
+            f"{path}: is neither a text with a class's name on every line nor JSON with them ({error})"
+        ) from None
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise DataError(f"{path}: names the class '{shown(twice)}' twice")
+    return names
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Key and ending of a file, as webdataset has them: the ending begins at the first dot of the file's name."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, ext = base.partition(".")
+    return f"{folder}{slash}{stem}", ext
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".") or name.startswith("__MACOSX")

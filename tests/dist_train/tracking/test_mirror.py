@@ -1,0 +1,197 @@
+"""A real MLflow server that hangs and dies in the middle of a run: no step waits, and nothing is missing after `sync`."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dist_train.config_file import dump_config, make_config
+from dist_train.errors import TrackingError
+from dist_train.tracking.metrics import MetricsFile, read_metrics
+from dist_train.tracking.mirror import Mirror, SyncState, sync
+from dist_train.tracking.mlflow import PARENT, create_parent
+from dist_train.tracking.tracker import Tracker
+from tests.common import ROOT, SMALL_MODEL, MLflowServer
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = MLflowServer(tmp_path)
+    server.start()
+    yield server
+    with contextlib.suppress(ProcessLookupError):
+        server.signal(signal.SIGKILL)
+
+
+def wait(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_server_that_hangs_and_dies_in_a_run_has_everything_once_after_sync(server, digits, tmp_path, command):
+    from mlflow.tracking import MlflowClient
+
+    fields = {
+        "name": "tracked",
+        "runs": str(tmp_path),
+        "data": {"shards": str(digits), "flip": False},
+        "model": SMALL_MODEL | {"step": 2},
+        "train": {"global_batch": 16, "micro_batch": 16, "epochs": 6, "precision": "fp32", "eval_every": 6},
+        "tracking": {"uri": server.uri, "log_every": 1},
+    }
+    config = make_config(fields)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    parent = create_parent(config, "sweep", {"kind": "sweep"})
+    state, metrics = SyncState(config.folder), config.folder / "metrics.jsonl"
+
+    # A request may take ten minutes here: a step that waited for one would hold the run up for as long.
+    environment = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600", PARENT: parent}
+    words = [sys.executable, "-m", "dist_train", "train", str(path)]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    wait(lambda: state.read().get("offset", 0) > 0, process)
+    server.signal(signal.SIGSTOP)
+    before = len(read_metrics(metrics))
+    wait(lambda: len(read_metrics(metrics)) > before + 30, process)
+    server.signal(signal.SIGKILL)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    assert f"dist-train sync {config.folder}" in output
+    assert output.count(f"MLflow at {server.uri} cannot be used") == 1
+    with pytest.raises(TrackingError, match="cannot be used"):
+        sync(config.folder)
+
+    server.start()
+    client = MlflowClient(server.uri)
+    run_id = state.read()["run_id"]
+    assert client.get_run(run_id).info.status == "RUNNING"
+    first, second = command("dist_train", "sync", config.folder), command("dist_train", "sync", config.folder)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "FINISHED" in first.stdout
+    assert ": 0 lines sent" in second.stdout
+    assert ": 0 lines sent" not in first.stdout
+
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", state.read()["ended"])
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.data.tags["nodes"] == "1"
+    assert run.data.params["train.epochs"] == "6"
+    children = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
+    assert [child.info.run_id for child in children] == [run_id]
+    expected = {}
+    for entry in read_metrics(metrics):
+        for key, value in entry["metrics"].items():
+            expected.setdefault(key, []).append((entry["t"], entry["step"], value))
+    assert len(expected) > 10
+    for key in ("train/loss", "val/exit2/top1", "train/gradient_norm"):
+        history = [(point.timestamp, point.step, point.value) for point in client.get_metric_history(run_id, key)]
+        assert sorted(history) == sorted(expected[key]), key
+
+
+@pytest.fixture
+def tracked(tmp_path):
+    """`tracked(lr)` starts a run in one folder, as the trainer does; a mirror in SQLite that is open."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    def start(lr):
+        fields = {"name": "run", "runs": str(tmp_path), "data": {"shards": "d"}, "optim": {"lr": lr}}
+        config = make_config(fields | {"tracking": {"uri": f"sqlite:///{tmp_path}/store.db"}})
+        (folder / "config.yaml").write_text(dump_config(config))
+        state = SyncState(folder)
+        tags = {"command": "dist-train train"}
+        state.update(uri=config.tracking.uri, folder=str(folder), status="RUNNING", tags=tags, started=1000)
+        mirror = Mirror(config, folder, config.tracking.uri, state)
+        mirror.open()
+        return mirror
+
+    return start
+
+
+def run_of(mirror):
+    return mirror._client.get_run(mirror.state.read()["run_id"])
+
+
+def test_a_field_with_its_first_value_again_is_not_marked_as_changed(tracked):
+    tracked(0.1)
+    assert run_of(tracked(0.2)).data.tags["changed.optim.lr"] == "0.2"
+    tags = run_of(tracked(0.1)).data.tags
+    assert not [tag for tag in tags if tag.startswith("changed.")]
+
+
+def test_a_copy_of_a_finished_run_is_another_finished_run(tracked, tmp_path):
+    mirror = tracked(0.1)
+    mirror.state.update(status="FINISHED", ended=2000)
+    mirror.finish()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    result = sync(tmp_path / "copy")
+    copy = mirror._client.get_run(result.run_id)
+    assert result.run_id != mirror.state.read()["run_id"]
+    assert (result.status, copy.info.status, copy.info.end_time) == ("FINISHED", "FINISHED", 2000)
+    assert copy.data.tags["command"] == "dist-train train"
+
+
+def test_metrics_that_were_rewound_after_the_mirror_began_are_sent(tracked, tmp_path):
+    file = MetricsFile(tmp_path / "run" / "metrics.jsonl")
+
+    def log(batches):
+        for batch in batches:
+            file.add(batch, batch, {"loss": float(batch)})
+        file.flush()
+
+    log(range(10))
+    mirror = tracked(0.1)
+    assert mirror.send() == 10
+    file.rewind(4, evaluates=False)
+    log(range(5, 40))
+    mirror.send()
+    run = run_of(mirror).info.run_id
+    steps = {point.step for point in mirror._client.get_metric_history(run, "loss")}
+    assert steps == set(range(40))
+    assert mirror.send() == 0
+
+
+def test_what_two_threads_write_down_of_a_run_is_both_kept(tmp_path):
+    fields = {"name": "run", "runs": str(tmp_path), "data": {"shards": "d"}, "tracking": {"uri": "http://127.0.0.1:9"}}
+    config = make_config(fields)
+    config.folder.mkdir()
+    tracker = Tracker(config, {})
+    barrier = threading.Barrier(2)
+    lost = []
+
+    def write(state, key):
+        for number in range(100):
+            barrier.wait()
+            state.update(**{key: number})
+            barrier.wait()
+            if state.read()[key] != number:
+                lost.append((key, number))
+
+    threads = [
+        threading.Thread(target=write, args=(tracker._state, "one")),
+        threading.Thread(target=write, args=(tracker._mirror.state, "other")),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not lost
+    tracker.close("FINISHED")
+    state = SyncState(config.folder).read()
+    assert (state["one"], state["other"], state["status"]) == (99, 99, "FINISHED")
+
+
+def test_what_cannot_be_synced_is_refused(tmp_path):
+    with pytest.raises(TrackingError, match="is not a run folder"):
+        sync(tmp_path)
+    fields = {"data": {"shards": "nowhere"}, "tracking": {"uri": "off"}}
+    (tmp_path / "config.yaml").write_text(dump_config(make_config(fields)))
+    with pytest.raises(TrackingError, match=r"tracking\.uri off"):
+        sync(tmp_path)

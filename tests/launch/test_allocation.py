@@ -1,0 +1,75 @@
+"""What a SLURM job does around its ranks, where SLURM itself is played by two scripts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dist_train.config_file import dump_config, make_config
+from tests.common import ROOT
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(make_config({"data": {"shards": "d"}, "runs": str(tmp_path / "runs")})))
+    return path
+
+
+@pytest.fixture
+def job(tmp_path):
+    """`job(code, *arguments)` starts a Python program in job 7; its squeue makes the file `asked` and takes 2 seconds."""
+    scripts = {
+        "squeue": f"touch {tmp_path}/asked; sleep 2",
+        "scontrol": f'echo "$@" >> {tmp_path}/said; echo JobId=7 JobState=RUNNING BatchFlag=1',
+        "srun": "echo the ranks were started; exit 3",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in scripts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_CPUS_PER_NODE": "1",
+    }
+
+    def start(code, *arguments):
+        words = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
+
+
+def test_a_signal_before_the_ranks_exist_requeues_the_job(config, job, tmp_path):
+    process = job("import sys; from launch import allocation; sys.exit(allocation.run(sys.argv[1]))", config)
+    while not (tmp_path / "asked").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR2)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "the ranks were started" not in output
+    assert "requeue 7" in (tmp_path / "said").read_text()
+
+
+def test_a_full_disk_does_not_keep_a_job_from_being_requeued(config, job):
+    code = """
+import resource, sys
+from launch import allocation
+from dist_train.config_file import load_config
+config = load_config(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a write to a file fails; Python ignores the signal
+assert allocation._may_try_again(config, "7", 74)
+"""
+    process = job(code, config)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "failures.json: cannot be written" in output
+    assert "the ranks ended with exit code 74 after the checkpoint of step 0 (1 of 3)" in output

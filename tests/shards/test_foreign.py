@@ -1,0 +1,375 @@
+"""WebDatasets made elsewhere: their index says what ours would, whatever form their labels have."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_train.errors import DataError
+from shards.__main__ import main
+from shards.foreign import index_folder
+from shards.index import Index
+from shards.make import Sample, ShardSize, make_samples
+from tests.common import refusal, tree
+
+Files = Sequence[tuple[str, "bytes | str"]]
+
+
+def picture(seed: int, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (9, 11, 3), np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def pack(path: Path, files: Files, form: int = tarfile.GNU_FORMAT, compression: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, f"w:{compression}", format=form) as tar:  # type: ignore[call-overload]
+        for name, content in files:
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def rows(split: Path) -> list[tuple[bytes, str]]:
+    """Image and class of every sample, in the order of the index."""
+    index = Index.load(split)
+    found = []
+    for shard, offset, size, label in zip(index.shard, index.offset, index.size, index.label):
+        data = (split / index.shards[shard].name).read_bytes()
+        found.append((data[offset : offset + size], index.classes[label]))
+    return found
+
+
+def test_the_index_of_our_own_shards_is_the_one_they_had(jpegs: list[bytes], tmp_path: Path) -> None:
+    samples = [Sample(f"x{n}", "abc"[n % 3], image, "val" if n % 4 == 0 else "train") for n, image in enumerate(jpegs)]
+    make_samples([*samples, Sample("nobody", None, picture(1))], tmp_path / "ours", ShardSize(samples=7))
+    for split in ("train", "val"):
+        (tmp_path / "foreign" / split).mkdir(parents=True)
+        for path in (tmp_path / "ours" / split).glob("*.tar"):
+            shutil.copy(path, tmp_path / "foreign" / split)
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    before = tree(tmp_path / "foreign")
+    words = ["index", str(tmp_path / "foreign"), "--classes", str(tmp_path / "classes.txt"), "--workers", "2"]
+    assert main(words) == 0
+    for split in ("train", "val"):
+        ours, theirs = Index.load(tmp_path / "ours" / split), Index.load(tmp_path / "foreign" / split)
+        assert theirs.fingerprint == ours.fingerprint
+        for name in ("index.bin", "shard-000000.idx"):
+            assert (tmp_path / "foreign" / split / name).read_bytes() == (tmp_path / "ours" / split / name).read_bytes()
+    after = tree(tmp_path / "foreign")
+    assert {name: after[name] for name in before} == before
+    assert not list((tmp_path / "foreign").glob(".*"))
+
+
+IMAGES = [picture(n) for n in range(6)]
+ONE_TAR = {
+    "cls, numbers": ([f"{n % 3}" for n in range(6)], "cls", [], ["0", "1", "2"] * 2),
+    "cls, names": (["cat", "dog", "owl"] * 2, "cls", [], ["cat", "dog", "owl"] * 2),
+    "txt": (["cat\n", "dog\n"] * 3, "txt", [], ["cat", "dog"] * 3),
+    "json": ([json.dumps({"label": n % 2, "width": 9}) for n in range(6)], "json", [], ["0", "1"] * 3),
+    "json, other field": (
+        [json.dumps({"meta": {"species": "ab"[n % 2]}}) for n in range(6)],
+        "json",
+        ["--label-key", "meta.species"],
+        ["a", "b"] * 3,
+    ),
+    "json and names": (
+        [json.dumps({"label": n % 2}) for n in range(6)],
+        "json",
+        ["--classes", "{names}"],
+        ["zebra", "ape"] * 3,
+    ),
+    "names in another order": (["ape", "zebra"] * 3, "cls", ["--classes", "{names}"], ["ape", "zebra"] * 3),
+}
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("case", ONE_TAR)
+def test_every_form_of_labels(case: str, form: int, tmp_path: Path) -> None:
+    labels, ext, options, classes = ONE_TAR[case]
+    (tmp_path / "names").write_text(json.dumps({"0": ["zebra", "Zebra"], "1": ["ape", "Ape"]}))
+    files: list[tuple[str, bytes | str]] = []
+    for n, (image, label) in enumerate(zip(IMAGES, labels)):
+        pair = [(f"part/{n:09d}.jpg", image), (f"part/{n:09d}.{ext}", label), (f"part/{n:09d}.seg.png", b"x")]
+        files += pair if n % 2 else pair[::-1]
+    pack(tmp_path / "in" / "00000.tar", files, form)
+    words = [word.replace("{names}", str(tmp_path / "names")) for word in options]
+    assert main(["index", str(tmp_path / "in"), *words]) == 0
+    assert rows(tmp_path / "in" / "train") == list(zip(IMAGES, classes))
+    assert main(["check", str(tmp_path / "in")]) == 0
+    if "names" in case and "--classes" in options:
+        assert Index.load(tmp_path / "in" / "train").classes == ("zebra", "ape")
+
+
+def samples(first: int, count: int, kinds: str = "jpg", padding: int = 8) -> Iterator[tuple[str, bytes | str]]:
+    for n in range(first, first + count):
+        yield f"{n:0{padding}d}.{kinds}", picture(n)
+        yield f"{n:0{padding}d}.cls", str(n % 5)
+
+
+def test_splits_by_the_tars_names_and_an_index_elsewhere(tmp_path: Path) -> None:
+    pack(tmp_path / "in/imagenet1k-train-0000.tar", list(samples(0, 10)))
+    pack(tmp_path / "in/imagenet1k-train-0001.tar", list(samples(0, 7, "JPEG")))  # the same keys once more
+    pack(tmp_path / "in/imagenet1k-validation-00.tar", list(samples(30, 5, "png")))
+    before = tree(tmp_path / "in")
+    assert main(["index", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert tree(tmp_path / "in") == before
+    assert rows(tmp_path / "out/train") == [(picture(n), str(n % 5)) for n in (*range(10), *range(7))]
+    assert rows(tmp_path / "out/val") == [(picture(n), str(n % 5)) for n in range(30, 35)]
+    assert Index.load(tmp_path / "out/val").classes == ("0", "1", "2", "3", "4")
+    Index.load(tmp_path / "out/train").verify("hash")
+    assert main(["check", str(tmp_path / "out")]) == 0
+    for options in ([], ["--copy"]):
+        part = tmp_path / f"part{len(options)}"
+        assert main(["subset", str(tmp_path / "out"), str(part), "--per-class", "2", *options]) == 0
+        assert sorted(label for _, label in rows(part / "train")) == sorted("0011223344")
+    assert main(["check", str(tmp_path / "part0")]) == 0
+    assert sorted(rows(tmp_path / "part0/train")) == sorted(rows(tmp_path / "part1/train"))
+
+
+def test_dalis_reader_takes_its_index(tmp_path: Path) -> None:
+    from nvidia.dali import fn, pipeline_def
+
+    pack(tmp_path / "in/train/0.tar", list(samples(0, 6)), tarfile.PAX_FORMAT)
+    (made,) = index_folder(tmp_path / "in")
+
+    @pipeline_def(batch_size=6, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
+    def pipeline() -> object:
+        paths = {"paths": [str(tmp_path / "in/train/0.tar")], "index_paths": [str(made.folder / "0.idx")]}
+        return tuple(fn.readers.webdataset(**paths, ext=["jpg", "cls"]))
+
+    pipe = pipeline()
+    pipe.build()
+    images, labels = pipe.run()
+    assert [np.asarray(image).tobytes() for image in images] == [picture(n) for n in range(6)]
+    assert [np.asarray(label).tobytes().decode() for label in labels] == [str(n % 5) for n in range(6)]
+
+
+def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [*samples(0, 5), ("5.jpg", picture(5)[:-9]), ("5.cls", "1"), ("6.jpg", picture(6, "GIF")), ("6.cls", "1")]
+    pack(tmp_path / "in/0.tar", [("._0.jpg", b"x"), *files])
+    assert main(["index", str(tmp_path / "in")]) == 0
+    assert rows(tmp_path / "in/train") == [(picture(n), str(n % 5)) for n in range(5)]
+    manifest = json.loads((tmp_path / "in/train/manifest.json").read_text())
+    assert manifest["skipped"] == [
+        ["0.tar: 5.jpg", "the file is truncated"],
+        ["0.tar: 6.jpg", "is GIF, which training cannot decode"],
+    ]
+    assert "2 skipped, see manifest.json (0.tar: 5.jpg: the file is truncated; ...)" in capsys.readouterr().out
+
+
+def test_an_index_is_resumed_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for n in range(4):
+        pack(tmp_path / f"in/{n}.tar", list(samples(10 * n, 5)))
+    whole = (tmp_path / "in/2.tar").read_bytes()
+    (tmp_path / "in/2.tar").write_bytes(whole[:3000])
+    assert refusal(capsys, "index", tmp_path / "in", "--workers", 1) == (
+        f"shards: {tmp_path}/in/2.tar: is damaged or cut off at byte 3000; fetch it again\n".replace("3000", "2560")
+    )
+    done = list((tmp_path / "in/.making/index/tars").iterdir())
+    assert len(done) == 2
+    times = {path: path.stat().st_mtime_ns for path in done}
+    # Were it read again, what lies there now would be refused; its time and size are as they were.
+    shutil.move(tmp_path / "in/0.tar", tmp_path / "kept")
+    (tmp_path / "in/0.tar").write_bytes(b"x" * (tmp_path / "kept").stat().st_size)
+    os.utime(tmp_path / "in/0.tar", ns=(0, (tmp_path / "kept").stat().st_mtime_ns))
+    (tmp_path / "in/2.tar").write_bytes(whole)
+    form = ("--label-from", "cls")
+    assert {path: path.stat().st_mtime_ns for path in done} == times
+    assert main(["index", str(tmp_path / "in"), *form]) == 0
+    shutil.move(tmp_path / "kept", tmp_path / "in/0.tar")
+    assert rows(tmp_path / "in/train") == [
+        (picture(n), str(n % 5)) for first in (0, 10, 20, 30) for n in range(first, first + 5)
+    ]
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["0.tar", "1.tar", "2.tar", "3.tar", "train"]
+    assert refusal(capsys, "index", tmp_path / "in") == (
+        f"shards: {tmp_path}/in/train: has an index already; remove its index.json to make it again\n"
+    )
+
+
+def lying(size: int) -> bytes:
+    """A tar whose only header gives another size."""
+    info = tarfile.TarInfo("1.jpg")
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(10240)
+
+
+def link() -> bytes:
+    info = tarfile.TarInfo("1.jpg")
+    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return info.tobuf() + bytes(10240)
+
+
+PAIR = [("1.jpg", IMAGES[1]), ("1.cls", "3")]
+REFUSED: dict[str, tuple[Mapping[str, bytes | Files], list[str], str]] = {
+    "no tars": (
+        {"a.txt": b""},
+        [],
+        "{in}: holds no tars, nor do train/, val/ and test/ in it; give the folder of a WebDataset's tars",
+    ),
+    "compressed": (
+        {"a.tar.gz": b"\x1f\x8b"},
+        [],
+        "{in}/a.tar.gz: is compressed; samples are read at their places in the tar, which a compressed one has not: uncompress it",
+    ),
+    "compressed, called tar": (
+        {"a.tar": b"\x1f\x8b" + bytes(600)},
+        [],
+        "{in}/a.tar: is compressed with gzip, not a tar; uncompress it with gzip -d",
+    ),
+    "zip": (
+        {"a.tar": b"PK\x03\x04" + bytes(600)},
+        [],
+        "{in}/a.tar: is a zip archive, not a tar; unpack it with unzip and give the folder",
+    ),
+    "some named": (
+        {"train-0.tar": PAIR, "other.tar": PAIR},
+        [],
+        "{in}: the name of other.tar says no split, those of others do; put every split into a folder (train, val, test)",
+    ),
+    "beside a split": (
+        {"train/0.tar": PAIR, "1.tar": PAIR},
+        [],
+        "{in}: holds 1.tar beside train/; put it into the folder of its split",
+    ),
+    "no labels": (
+        {"a.tar": [("1.jpg", IMAGES[0]), ("1.npy", b"x")]},
+        [],
+        "{in}/a.tar: its first sample, 1, has no .cls, .json or .txt with a label",
+    ),
+    "a label missing": (
+        {"a.tar": [*PAIR, ("2.jpg", IMAGES[2])]},
+        [],
+        "{in}/a.tar: sample 2 has no .cls; add it, or give another --label-from",
+    ),
+    "no image": (
+        {"a.tar": [*PAIR, ("2.cls", "1")]},
+        [],
+        "{in}/a.tar: sample 2 has no image (cls); images end in jpg, jpeg, png, webp",
+    ),
+    "two images": (
+        {"a.tar": [*PAIR, ("1.png", IMAGES[2])]},
+        [],
+        "{in}/a.tar: sample 1 has several images (jpg, png); keep one of them",
+    ),
+    "a key twice": (
+        {"a.tar": [*PAIR, ("2.jpg", IMAGES[2]), ("2.cls", "1"), *PAIR]},
+        [],
+        "{in}/a.tar: has two samples of the key 1; give every sample a key of its own",
+    ),
+    "a file twice": ({"a.tar": [PAIR[0], *PAIR]}, [], "{in}/a.tar: holds 1.jpg twice; pack it again"),
+    "img2dataset": (
+        {"a.tar": [PAIR[0], ("1.json", json.dumps({"caption": "a dog", "url": "x"})), ("1.txt", "a dog")]},
+        [],
+        "{in}/a.tar: its samples have no .cls, and of their JSON's fields (caption, url) none is 'label'; give --label-key FIELD, or --label-from txt",
+    ),
+    "captions": (
+        {"a.tar": [pair for n in range(101) for pair in ((f"{n}.jpg", IMAGES[0]), (f"{n}.txt", f"a photo of {n}"))]},
+        [],
+        "its 101 samples have 101 different labels, such as 'a photo of 0': captions, no classes; give --label-from or --label-key",
+    ),
+    "a field that is not there": (
+        {"a.tar": [PAIR[0], ("1.json", "{}")]},
+        ["--label-key", "a.b"],
+        "{in}/a.tar: sample 1: its .json has no label (its JSON has no field 'a.b')",
+    ),
+    "a field that is no class": (
+        {"a.tar": [PAIR[0], ("1.json", '{"label": [1]}')]},
+        [],
+        "{in}/a.tar: sample 1: its .json has no label (its field 'label' is a list, not a class)",
+    ),
+    "bytes for a label": (
+        {"a.tar": [PAIR[0], ("1.cls", b"\xff\xfe")]},
+        [],
+        "{in}/a.tar: sample 1: its .cls has no label (it is no text)",
+    ),
+    "an empty label": (
+        {"a.tar": [PAIR[0], ("1.cls", b" ")]},
+        [],
+        "{in}/a.tar: sample 1: its .cls has no label (it is empty)",
+    ),
+    "numbers that are no classes": (
+        {"a.tar": [PAIR[0], ("1.cls", "123456")]},
+        [],
+        "its labels are 1 numbers up to 123456, which are no classes from 0 on; give --classes FILE with a name for each, or another --label-key",
+    ),
+    "too few names": (
+        {"a.tar": PAIR, "names.txt": b"a\nb\n"},
+        ["--classes", "{in}/names.txt"],
+        "its labels go up to 3, --classes names 2 classes, 0 to 1",
+    ),
+    "a name that is none": (
+        {"a.tar": [PAIR[0], ("1.cls", "cat")], "names.txt": b"a\nb\n"},
+        ["--classes", "{in}/names.txt"],
+        "the label 'cat' is none of the 2 classes of --classes; add it there",
+    ),
+    "a name twice": (
+        {"a.tar": PAIR, "names.txt": b"a\nb\na\n"},
+        ["--classes", "{in}/names.txt"],
+        "{in}/names.txt: names the class 'a' twice",
+    ),
+    "a class only in val": (
+        {"train/a.tar": [PAIR[0], ("1.cls", "cat")], "val/a.tar": [PAIR[0], ("1.cls", "dog")]},
+        [],
+        "val has the class 'dog', which train lacks; give --classes FILE with all classes",
+    ),
+    "nothing readable": (
+        {"a.tar": [("1.jpg", b"x"), ("1.cls", "1")]},
+        [],
+        "no image in these tars can be read; `python -m shards index` needs some",
+    ),
+    "a header that lies": ({"a.tar": lying(1 << 40)}, [], "{in}/a.tar: is cut off at byte 0; fetch it again"),
+    "a link": ({"a.tar": link()}, [], "{in}/a.tar: holds 1.jpg, a link; pack it again with plain files"),
+    "rubbish": (
+        {"a.tar": bytes(range(256)) * 20},
+        [],
+        "{in}/a.tar: is not a tar, or is damaged at byte 0; fetch it again",
+    ),
+    "key and other source": (
+        {"a.tar": PAIR},
+        ["--label-key", "x", "--label-from", "txt"],
+        "--label-key x is for labels in JSON, --label-from is txt; leave one of them out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_in_the_way_is_one_line(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, options, line = REFUSED[case]
+    for name, content in files.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            (tmp_path / "in" / name).write_bytes(content)
+        else:
+            pack(tmp_path / "in" / name, content)
+    words = [word.replace("{in}", str(tmp_path / "in")) for word in options]
+    said = refusal(capsys, "index", tmp_path / "in", "--workers", 1, *words)
+    assert said == f"shards: {line.replace('{in}', str(tmp_path / 'in'))}\n"
+    assert not list(tmp_path.rglob("index.json"))
+
+
+def test_training_on_tars_without_an_index_names_the_command(tmp_path: Path) -> None:
+    pack(tmp_path / "in/00000.tar", PAIR)
+    pack(tmp_path / "splits/train/00000.tar", PAIR)
+    pack(tmp_path / "several/train/00000.tar", PAIR)
+    pack(tmp_path / "several/val/00000.tar", PAIR)
+    for split, tars, whole in (
+        (tmp_path / "in/train", tmp_path / "in", tmp_path / "in"),
+        (tmp_path / "splits/train", tmp_path / "splits/train", tmp_path / "splits/train"),
+        (tmp_path / "several/val", tmp_path / "several/val", tmp_path / "several"),
+    ):
+        with pytest.raises(DataError) as error:
+            Index.load(split)
+        assert str(error.value) == (
+            f"{split}: has no index.json, but {tars} holds tars; index them with `python -m shards index {whole}`"
+        )
