@@ -155,7 +155,9 @@ class ShardCache:
             # Without waiting, a shard that another process fetches already is left to it.
             if mine and shard in self._damaged:  # another thread has found that out while this one waited
                 raise self._damaged[shard]
-            if mine and not self._used(shard):
+            # Who fetches ahead and comes too late, the shard being read and perhaps removed by now, leaves it to the readers.
+            late = not wait and self._place.get(shard, 0) < self._reached
+            if mine and not late and not self._used(shard):
                 try:
                     self._fetch(shard, target)
                 except DamagedShardError as error:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -118,9 +119,19 @@ def test_processes_of_a_node_fetch_each_shard_once_and_read_what_is_there(
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_a_small_cache_makes_room_and_gives_the_same(
-    server: Server, digits: Path, tmp_path: Path, make_loader: MakeLoader
+    late: bool, server: Server, digits: Path, tmp_path: Path, make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    obtain = remote.ShardCache._obtain
+
+    def obtain_late(cache: remote.ShardCache, shard: int, wait: bool) -> Path:
+        if not wait:  # a thread that fetches ahead on a busy machine
+            time.sleep(0.2)
+        return obtain(cache, shard, wait)
+
+    if late:
+        monkeypatch.setattr(remote.ShardCache, "_obtain", obtain_late)
     ids, images = pixels(make_loader(digits / "train", shuffle_shards=2))
     # What a process that was killed has left neither takes room for ever nor stands in for the shard.
     local = remote.local_folder(DataConfig(shards=server.url, cache=tmp_path), f"{server.url}/train")
