@@ -32,9 +32,9 @@ def waits(digits, folder, stages):
         order.append("vote")
         return vote(group, *flags)
 
-    def updated(engine, learning_rate):
-        order.append("update" if learning_rate else "pass")
-        return update(engine, learning_rate)
+    def updated(engine, *when):
+        order.append("pass" if when == (None,) else "update")
+        return update(engine, *when)
 
     Trainer.step, operator._ExitLoss.backward = counted, staticmethod(noted)
     Group.vote, Engine.update = voted, updated
