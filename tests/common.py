@@ -29,6 +29,8 @@ from dist_train.distributed.launcher import free_port
 from shards.index import Index
 
 ROOT = Path(__file__).parent.parent
+LIMIT = 900
+"""Seconds after which a process hangs, on however busy a machine."""
 
 SMALL_MODEL = {
     "exits": 2,
@@ -126,7 +128,7 @@ def on_a_terminal(width: int, *arguments: object) -> list[str]:
             break
         data += chunk
     os.close(main)
-    assert process.wait(timeout=60) == 0, data.decode()
+    assert process.wait(timeout=LIMIT) == 0, data.decode()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\r", data.decode())
     return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.common import ROOT
-
-# DeepSpeed and the tests' own processes must not look for GPUs or fight for cores.
+# Before torch is imported, here and in every process of a test: DeepSpeed and they must not look for GPUs or fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# On a busy machine threads that spin while they wait for each other take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 # The expected figures are those of a CPU; make test-gpu is what asks for GPUs.
@@ -20,6 +20,7 @@ if os.environ.get("DIST_TRAIN_TEST_GPU") != "1":
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)
 
+from tests.common import LIMIT, ROOT  # noqa: E402
 
 SLOW = {
     "tests/dist_train/tracking/test_mirror.py": {
@@ -126,7 +127,7 @@ def ranks_of_module(tmp_path_factory):
 
 
 def in_ranks(tmp_path):
-    def run(function, world_size, *arguments, timeout=240):
+    def run(function, world_size, *arguments, timeout=LIMIT):
         from dist_train.distributed.launcher import free_port
 
         folder = tmp_path / f"ranks{free_port()}"
@@ -174,7 +175,7 @@ def in_ranks(tmp_path):
 def command():
     """`command(module, *arguments)` runs `python -m module` and returns the finished process with its output."""
 
-    def run(module, *arguments, timeout=240, **options):
+    def run(module, *arguments, timeout=LIMIT, **options):
         words = [sys.executable, "-m", module, *map(str, arguments)]
         return subprocess.run(words, capture_output=True, text=True, timeout=timeout, cwd=ROOT, **options)
 

@@ -37,6 +37,7 @@ from dist_train.config import Config
 from dist_train.config_file import describe_fields, flatten, load_config, make_config, parse_yaml
 from dist_train.errors import ConfigError, UserError
 from launch import grid
+from tests.common import LIMIT
 from tests.test_architecture import LAYERS, OWNERS
 
 ROOT = Path(__file__).parent.parent
@@ -458,7 +459,7 @@ def test_blocks_run(document, place):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=LIMIT,
     )
     assert result.returncode == 0, result.stdout
 

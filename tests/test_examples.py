@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.common import ROOT
+from tests.common import LIMIT, ROOT
 
 EXAMPLES = ROOT / "docs" / "examples"
 TINY = ("--train.max_steps", "2", "--train.precision", "fp32", "--tracking.uri", "off")
@@ -31,7 +31,7 @@ def example(place):
     def run(name, *arguments):
         words = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=400)
+        result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=LIMIT)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
@@ -57,7 +57,7 @@ def test_own_network_and_its_budget_served(example, place):
     # The network is found from the folder of the run, as the command line finds it.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLES)])}
     words = [sys.executable, "-m", "dist_train", "eval", "runs/own_network"]
-    subprocess.run(words, cwd=place, env=environment, check=True, capture_output=True, timeout=400)
+    subprocess.run(words, cwd=place, env=environment, check=True, capture_output=True, timeout=LIMIT)
     said = example("serve_a_budget.py", "runs/own_network", "0.png", "1.png", "2.png")
     assert re.search(r"budget 0\.\d\d M multiply-adds: expected top-1 [\d.]+ %", said)
     assert re.findall(r"(\d)\.png: \d \([\d.]+\), exit [123]", said) == ["0", "1", "2"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.common import ROOT
+from tests.common import LIMIT, ROOT
 from tests.test_docs import blocks, split
 
 SOURCES = ("dist_train", "launch", "shards", "configs", "pyproject.toml", "README.md", "LICENSE")
@@ -34,7 +34,7 @@ def program(tmp_path_factory):
             shutil.copy(path, folder / "sources")
     pip = [sys.executable, "-m", "pip"]
     build = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, folder / "sources"]
-    subprocess.run([*pip, *build], check=True, timeout=300)
+    subprocess.run([*pip, *build], check=True, timeout=LIMIT)
     (wheel,) = folder.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
@@ -65,7 +65,7 @@ def run(program, tmp_path):
 
     def run(*words):
         words = [program.with_name(words[0]), *words[1:]]
-        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT)
         return result.returncode, result.stdout + result.stderr
 
     return run

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from tests.common import LIMIT
+
 CONFIGURATION = """\
 ClusterName=test{port}
 SlurmctldHost=localhost
@@ -97,15 +99,15 @@ class Slurm:
                 start_new_session=True,
             )
 
-    def _wait(self, done, seconds=60):
-        deadline = time.monotonic() + seconds
+    def _wait(self, done):
+        deadline = time.monotonic() + LIMIT
         while not done():
             logs = "\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.out"))
             assert time.monotonic() < deadline, f"SLURM did not start:\n{logs}"
             time.sleep(0.1)
 
     def __call__(self, *words):
-        return subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=LIMIT).stdout
 
     def job(self, number):
         text = self("scontrol", "-o", "show", "job", number)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dist_train.config_file import dump_config, make_config
-from tests.common import ROOT
+from tests.common import LIMIT, ROOT
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_signal_before_the_ranks_exist_requeues_the_job(config, job, tmp_path)
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR2)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 75, output
     assert "the ranks were started" not in output
     assert "requeue 7" in (tmp_path / "said").read_text()
@@ -69,7 +69,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a write to a file fails; Py
 assert allocation._may_try_again(config, "7", 74)
 """
     process = job(code, config)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 0, output
     assert "failures.json: cannot be written" in output
     assert "the ranks ended with exit code 74 after the checkpoint of step 0 (1 of 3)" in output

@@ -12,7 +12,7 @@ import pytest
 from dist_train.config_file import dump_config, make_config
 from dist_train.distributed.watchdog import FaultReport, verdict
 from dist_train.tracking.metrics import read_metrics
-from tests.common import ROOT
+from tests.common import LIMIT, ROOT
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def train(digits, tmp_path):
         words = [sys.executable, "-m", "launch.local", "-n", "2", str(path)]
         environment = os.environ | {"FAULT": fault, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
         result = subprocess.run(
-            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT
         )
         left = [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
         assert not left, "processes were left behind"

@@ -18,7 +18,7 @@ from dist_train.config_file import dump_config, make_config
 from dist_train.errors import ConfigError
 from dist_train.tracking.metrics import read_metrics
 from launch.node import Node, Place
-from tests.common import ROOT, SMALL_MODEL
+from tests.common import LIMIT, ROOT, SMALL_MODEL
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_launcher_says_so(config, tmp_p
     ranks = ranks_of(config)
     assert len(ranks) == 2
     ranks[1].kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT)
     assert process.returncode not in (0, 75)
     assert not ranks_of(config)
 
@@ -72,7 +72,7 @@ def test_ctrl_c_saves_and_ends_all(config, tmp_path):
     process = start(config)
     wait_for_training(process, tmp_path)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 75, output
     assert "Traceback" not in output
     assert (tmp_path / "launched" / "checkpoints" / "latest" / "manifest.json").exists()
@@ -88,7 +88,7 @@ def test_the_plain_deepspeed_launcher_works_as_well(config, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 processes" in result.stdout
@@ -102,7 +102,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_behind(config):
         time.sleep(0.01)
     launcher = psutil.Process(process.pid).children()[0]
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode not in (0, 75)
     assert "Traceback" not in output
     assert not launcher.is_running()
@@ -170,14 +170,14 @@ def test_a_run_asked_to_stop_in_an_evaluation_stops_there_and_evaluates_when_it_
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR2)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 75, output
     evaluated = [
         entry for entry in read_metrics(tmp_path / "launched" / "metrics.jsonl") if "val/images" in entry["metrics"]
     ]
     assert not evaluated
     again = subprocess.run(
-        words, cwd=ROOT, env=environment | {"SLOW_EVALUATION": "0"}, capture_output=True, text=True, timeout=100
+        words, cwd=ROOT, env=environment | {"SLOW_EVALUATION": "0"}, capture_output=True, text=True, timeout=LIMIT
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "360 images, each once" in again.stdout
@@ -199,7 +199,7 @@ def test_ctrl_c_while_everything_is_imported_is_no_traceback(config, module):
     while process.poll() is None and "pydantic_core" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert "Traceback" not in output, output
     # Ended by the signal itself is what a shell calls 130.
     assert process.returncode in (2, 75, 130, -signal.SIGINT), output

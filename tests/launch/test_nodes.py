@@ -18,7 +18,7 @@ from dist_train.distributed.launcher import free_port
 from dist_train.errors import ConfigError
 from dist_train.tracking.metrics import read_metrics
 from launch.nodes import read_hostfile
-from tests.common import ROOT, processes_of
+from tests.common import LIMIT, ROOT, processes_of
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 
@@ -116,7 +116,7 @@ def run(words, environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=150,
+        timeout=LIMIT,
     )
 
 
@@ -157,12 +157,12 @@ def test_the_end_of_the_launcher_reaches_every_node(hosts, config, tmp_path):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.send_signal(number)
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=LIMIT)[0]
         if number == signal.SIGINT:
             assert process.returncode == 75, output
             assert "Traceback" not in output
         saved = (tmp_path / "nodes" / "checkpoints" / "latest").resolve()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LIMIT
         while processes_of(config) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not processes_of(config), "processes were left behind"

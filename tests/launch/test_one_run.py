@@ -16,7 +16,7 @@ from dist_train.config_file import dump_config, load_config, make_config
 from dist_train.distributed.lock import RunLock
 from dist_train.errors import DataError
 from dist_train.tracking.metrics import read_metrics
-from tests.common import ROOT, SMALL_MODEL, processes_of
+from tests.common import LIMIT, ROOT, SMALL_MODEL, processes_of
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def training(config, *words, **options):
         process.wait()
 
 
-def wait_until_gone(config, seconds=30):
-    deadline = time.monotonic() + seconds
+def wait_until_gone(config):
+    deadline = time.monotonic() + LIMIT
     while processes_of(config):
         assert time.monotonic() < deadline, [p.info["cmdline"] for p in processes_of(config)]
         time.sleep(0.1)
@@ -81,7 +81,7 @@ def test_a_second_training_in_the_same_folder_is_refused_and_the_first_is_not_to
         report.parent.mkdir(exist_ok=True)
         report.write_text("what the first training has to say")
         second = start("dist_train", "train", config)
-        said = second.communicate(timeout=100)[0]
+        said = second.communicate(timeout=LIMIT)[0]
         assert second.returncode == 2, said
         assert "waiting for process" in said
         last = said.strip().splitlines()[-1]
@@ -126,7 +126,7 @@ def test_a_rank_that_outlives_rank_0_keeps_the_folder(tmp_path):
 def test_a_closed_terminal_stops_as_sigterm_does(config):
     with training(config, *LOCAL, config) as process:
         process.send_signal(signal.SIGHUP)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 75, said
     assert "stopped by" in said
     assert "saved; run the same command again to resume" in said
@@ -157,7 +157,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(config, which):
         assert "stopped by the end of its launcher" in log or "stopped by a request on another rank" in log
         # What it saved is resumed by the same command at once.
         again = start(*LOCAL, config, "--train.max_steps", "1")
-        said = again.communicate(timeout=100)[0]
+        said = again.communicate(timeout=LIMIT)[0]
         assert again.returncode == 0, said
         assert "resumed from" in said
 
@@ -232,7 +232,7 @@ def test_what_a_run_is_is_written_once_there_is_space(config, command, small_dis
         said += line
     assert not (folder / "metrics.jsonl").exists()
     shutil.rmtree(folder / "config.yaml")
-    said += process.communicate(timeout=200)[0]
+    said += process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 0, said
     assert said.count("cannot be written (Is a directory); training continues") == 1
     assert load_config(folder / "config.yaml").name == "long"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dist_train.config_file import dump_config, make_config
 from dist_train.tracking.metrics import read_metrics
-from tests.common import ROOT
+from tests.common import LIMIT, ROOT
 
 STEPS = 88  # two epochs of the digits
 
@@ -42,7 +42,7 @@ class Runs:
             **more,
         }
         return subprocess.run(
-            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
         )
 
     def launch(self, name, *flags, **more):
@@ -67,7 +67,7 @@ class Runs:
         self.wait(lambda: self.slurm.job(job).get("JobState") in ended, name)
         return self.slurm.job(job)
 
-    def wait(self, done, name, seconds=200):
+    def wait(self, done, name, seconds=LIMIT):
         deadline = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < deadline, self.log(name)

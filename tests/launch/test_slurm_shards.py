@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.common import ROOT
+from tests.common import LIMIT, ROOT
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def wait(done, seconds=100):
-    deadline = time.monotonic() + seconds
+def wait(done):
+    deadline = time.monotonic() + LIMIT
     while not (result := done()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -71,7 +71,7 @@ def test_an_array_writes_the_same_bytes_although_all_of_it_is_interrupted(slurm,
     array = re.match(r"job (\d+): 3 tasks write 21 shards, .*; cancel: scancel \1\n", line)[1]
     killed.kill()
     refused = make("out")
-    assert f"job {array}_" in refused.communicate(timeout=60)[1]
+    assert f"job {array}_" in refused.communicate(timeout=LIMIT)[1]
     assert refused.returncode == 2
 
     again = make("out", "--slurm", "2", "--workers", "1")
@@ -79,11 +79,11 @@ def test_an_array_writes_the_same_bytes_although_all_of_it_is_interrupted(slurm,
     slurm("scontrol", "release", array)
     wait(lambda: slurm.job(f"{array}_0").get("JobState") == "RUNNING")
     slurm("scontrol", "requeue", f"{array}_0")
-    out, errors = again.communicate(timeout=200)
+    out, errors = again.communicate(timeout=LIMIT)
     assert again.returncode == 0, errors
     assert slurm.job(f"{array}_0")["Restarts"] == "1"
     assert re.search(r"^job \d+: 2 tasks write 7 shards", errors, re.MULTILINE)
-    said = local.communicate(timeout=60)[0]
+    said = local.communicate(timeout=LIMIT)[0]
     assert out.splitlines()[:-1] == said.replace(str(tmp_path / "local"), str(tmp_path / "out")).splitlines()[:-1]
     assert tree(tmp_path / "out") == tree(tmp_path / "local")
 
@@ -95,7 +95,7 @@ def test_what_tasks_failed_to_do_is_one_line_and_the_same_command_goes_on(slurm,
     (drafts,) = (path.parent for path in (tmp_path / "out" / ".making").glob("*/slurm"))
     shutil.rmtree(drafts / "train")
     slurm("scontrol", "release", array)
-    _, errors = first.communicate(timeout=100)
+    _, errors = first.communicate(timeout=LIMIT)
     assert first.returncode == 2
     assert re.fullmatch(
         rf"shards: 2 of 2 tasks did not finish, the first is job {array}_0 \(shards: .*No such file or directory.*\); "
@@ -114,7 +114,7 @@ def test_what_tasks_failed_to_do_is_one_line_and_the_same_command_goes_on(slurm,
     missing = int(shards) - len(list((tmp_path / "out" / ".making").glob("*/*/shard-*.json")))
     assert 1 <= missing < int(shards)
     last = make("out", "--slurm", "2")
-    output, errors = last.communicate(timeout=100)
+    output, errors = last.communicate(timeout=LIMIT)
     assert last.returncode == 0, errors
     assert f" tasks write {missing} shards" in errors
     assert "1 skipped, see manifest.json (cat/text.jpg: not an image" in output
@@ -134,7 +134,7 @@ def test_what_tasks_failed_to_do_is_one_line_and_the_same_command_goes_on(slurm,
 )
 def test_what_cannot_be_submitted_is_one_line_and_leaves_nothing(make, tmp_path, flags, environment, said):
     refused = make("out", *flags, **environment)
-    _, errors = refused.communicate(timeout=60)
+    _, errors = refused.communicate(timeout=LIMIT)
     assert refused.returncode == 2
     assert errors.count("\n") == 1
     assert re.search(said, errors)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.common import ROOT
+from tests.common import LIMIT, ROOT
 
 STUDY = """\
 name: tiny
@@ -37,7 +37,7 @@ def study(slurm, digits, tmp_path):
     def run(*flags, **environment):
         words = [sys.executable, "-m", "dist_train", "study", path, *flags]
         environment = slurm.environment | {"PYTHONPATH": str(ROOT)} | environment
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
     return run
 
@@ -66,7 +66,7 @@ def test_the_missing_cells_are_one_array_and_are_compared_when_all_have_ended(sl
     said = re.findall(r"seed 0: (.*)", mended.stdout)
     assert said[0] in (ours, "finished before")
     assert re.fullmatch(r"failed \(no output; see .*\); submitted as job \d+", said[1])
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + LIMIT
     number = said[1].rpartition(" ")[2]
     while {f"{array}_0", number} & set(slurm("squeue", "-h", "-o", "%i").split()):
         assert time.monotonic() < deadline, [path.read_text() for path in (folder / "output").iterdir()]

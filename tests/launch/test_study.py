@@ -20,7 +20,7 @@ from dist_train.training import checkpoint
 from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
 from launch.grid import config_of
 from launch.study import cells, load_study
-from tests.common import ROOT
+from tests.common import LIMIT, ROOT
 
 STUDY = """\
 name: tiny
@@ -59,7 +59,7 @@ def start(path, **options):
 
 
 def finish(process):
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     return process.returncode, output
 
 

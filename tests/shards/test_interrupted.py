@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from shards.__main__ import main
-from tests.common import tree
+from tests.common import LIMIT, tree
 
 WORDS = ["--val-per-class", "4", "--max-size", "24"]
 
@@ -83,7 +83,7 @@ def test_a_worker_that_is_killed_is_one_line_and_the_same_command_goes_on(
         time.sleep(0.002)
     workers = psutil.Process(process.pid).children(recursive=True)
     workers[0].kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 2
     assert len(errors.splitlines()) == 1
     assert "a worker process was killed, perhaps for want of memory; run the same command again" in errors

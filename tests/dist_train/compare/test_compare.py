@@ -16,6 +16,7 @@ from dist_train.compare.grouping import compare
 from dist_train.compare.runs import read_folder, read_store
 from dist_train.config_file import load_config
 from dist_train.tracking.tracker import Tracker
+from tests.common import LIMIT
 
 FILES = [
     "accuracy.csv",
@@ -169,7 +170,7 @@ def test_twenty_groups_fit_the_window(make_run, compare_command, tmp_path, width
     )
     page.write_text(page.read_text().replace("</body>", sizes + "</body>"))
     words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
-    found = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=120)
+    found = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=LIMIT)
     whole, window, *tables = map(int, re.search(r"<title>([\d ]+)</title>", found.stdout)[1].split())
     assert whole <= window == width
     assert len(tables) == 5

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dist_train.distributed.launcher import free_port
-from tests.common import ROOT
+from tests.common import LIMIT, ROOT
 
 RANK = """
 import os, signal, sys, time
@@ -54,7 +54,7 @@ def run(tmp_path):
         said, alive = "", [rank for rank, fate in enumerate(fates) if fate in ("lives", "leaves")]
         try:
             for rank in alive:
-                said += processes[rank].communicate(timeout=120)[0]
+                said += processes[rank].communicate(timeout=LIMIT)[0]
         finally:
             codes = [process.poll() for process in processes]
             for process in processes:

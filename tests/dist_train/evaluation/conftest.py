@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dist_train.config_file import dump_config, make_config
-from tests.common import ROOT, SMALL_MODEL
+from tests.common import LIMIT, ROOT, SMALL_MODEL
 
 MODEL = SMALL_MODEL | {"exits": 3}
 
@@ -26,6 +26,6 @@ def run_folder(digits, tmp_path_factory):
     }
     (folder / "small.yaml").write_text(dump_config(make_config(fields)))
     words = [sys.executable, "-m", "dist_train", "train", str(folder / "small.yaml")]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "small"

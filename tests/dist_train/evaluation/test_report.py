@@ -20,6 +20,7 @@ from dist_train.evaluation.samples import SampleCollector
 from dist_train.evaluation.split import balanced
 from dist_train.tracking.outcomes import RIGHT, unpack
 from shards.index import Index
+from tests.common import LIMIT
 
 
 def evaluated(*arguments, **options):
@@ -33,7 +34,7 @@ def report(run_folder, tmp_path_factory):
     """The report made in one process, in a process of its own."""
     path = tmp_path_factory.mktemp("report") / "report"
     code = "import pickle, sys; from dist_train import evaluate; pickle.dump(evaluate(sys.argv[1]), open(sys.argv[2], 'wb'))"
-    subprocess.run([sys.executable, "-c", code, str(run_folder), str(path)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code, str(run_folder), str(path)], check=True, timeout=LIMIT)
     return pickle.loads(path.read_bytes())
 
 

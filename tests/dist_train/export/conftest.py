@@ -16,7 +16,7 @@ from dist_train.models import build_model
 from dist_train.training import checkpoint
 from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
 from shards.index import Index
-from tests.common import ROOT, SMALL_MODEL, cpu_loader
+from tests.common import LIMIT, ROOT, SMALL_MODEL, cpu_loader
 
 VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
 NETWORKS = {
@@ -100,7 +100,7 @@ def elsewhere(tmp_path_factory):
             "PYTHONPATH": str(path)
         }
         words = [folder / "venv/bin/python", *map(str, arguments)]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
+        return subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, cwd=folder, env=environment)
 
     missing = run("-c", "import torch"), run("-c", "import dist_train")
     assert ["ModuleNotFoundError" in one.stderr for one in missing] == [True, True]

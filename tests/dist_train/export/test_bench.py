@@ -103,7 +103,8 @@ def test_a_run_and_an_export_are_measured_and_a_report_takes_the_times(runs, exp
     said = capsys.readouterr().out
     contents = {name: json.loads(file.read_text()) for name, file in files.items()}
     assert [one["runtime"] for one in contents["run"]["combinations"]] == ["torch"] * 2 + ["onnxruntime"] * 2
-    assert contents["export"]["top1"][-1] > 0.5
+    policy = json.loads((exported["msdnet"] / "policy.json").read_text())
+    assert contents["export"]["top1"] == policy["parity"]["top1"]
     for content in contents.values():
         for one in content["combinations"]:
             kinds = {(row["kind"], row["exit"]) for row in one["rows"]}

@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_not_said_to_be_unwritable(runs, digits, tmp_path
 
     monkeypatch.setattr(Loader, "encoded", emptied)
     with pytest.raises(DataError, match=r"val: an image cannot be read again \(the shard ends"):
-        list(export._batches(config.data.model_copy(update={"shards": str(tmp_path / "digits")}), index))
+        list(export._batches(config.data.model_copy(update={"shards": tmp_path / "digits"}), index))
 
 
 def test_a_folder_that_cannot_be_written_is_no_missing_operator(tmp_path):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.common import LIMIT
+
 triton = pytest.importorskip("triton")
 CASES = Path(__file__).with_name("kernel_cases.py")
 
@@ -20,7 +22,7 @@ def test_in_the_interpreter():
     """In a process of its own, because Triton looks at the variable when it is imported."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CASES]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stdout[-8000:]
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 60
 

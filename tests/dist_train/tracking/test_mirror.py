@@ -17,7 +17,7 @@ from dist_train.tracking.metrics import MetricsFile, read_metrics
 from dist_train.tracking.mirror import Mirror, SyncState, sync
 from dist_train.tracking.mlflow import PARENT, create_parent
 from dist_train.tracking.tracker import Tracker
-from tests.common import ROOT, SMALL_MODEL, MLflowServer
+from tests.common import LIMIT, ROOT, SMALL_MODEL, MLflowServer
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_server_that_hangs_and_dies_in_a_run_has_everything_once_after_sync(se
     before = len(read_metrics(metrics))
     wait(lambda: len(read_metrics(metrics)) > before + 30, process)
     server.signal(signal.SIGKILL)
-    output = process.communicate(timeout=600)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 0, output
     assert f"dist-train sync {config.folder}" in output
     assert output.count(f"MLflow at {server.uri} cannot be used") == 1

@@ -87,7 +87,7 @@ def full_disk_at_the_best(digits, runs):
 def runs(ranks_of_module, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("changes")
     shutil.copytree(digits, folder / "own")
-    ranks_of_module(train_all, 1, digits, folder / "own", folder, timeout=900)
+    ranks_of_module(train_all, 1, digits, folder / "own", folder)
     return folder
 
 

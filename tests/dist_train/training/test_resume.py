@@ -20,7 +20,7 @@ from dist_train.config_file import make_config
 from dist_train.data.order import epoch_order
 from dist_train.tracking.metrics import read_metrics
 from shards.index import Index
-from tests.common import ROOT, SMALL_MODEL, train_all
+from tests.common import LIMIT, ROOT, SMALL_MODEL, train_all
 
 
 def settings(digits, runs, name, zero=1, precision="fp32", **train):
@@ -131,7 +131,7 @@ def test_killed_and_stopped_runs_end_as_the_uninterrupted_one(digits, tmp_path):
         settings(digits, tmp_path, name, precision="bf16", **length) for name in ("whole", "killed", "stopped")
     )
     process = launch(whole, tmp_path)
-    output = process.communicate(timeout=200)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 0, output
     assert "multiply-adds" in output
 
@@ -139,20 +139,20 @@ def test_killed_and_stopped_runs_end_as_the_uninterrupted_one(digits, tmp_path):
     wait_for_step(killed.folder, 18, process)
     for rank in processes_of(killed):
         rank.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT)
     assert not (killed.folder / "report.json").exists()
     process = launch(killed, tmp_path)
-    assert "resumed from" in process.communicate(timeout=200)[0]
+    assert "resumed from" in process.communicate(timeout=LIMIT)[0]
 
     process = launch(stopped, tmp_path)
     wait_for_step(stopped.folder, 12, process)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 75, output
     assert "run the same command again to resume" in output
     assert not processes_of(stopped), "processes were left behind"
     process = launch(stopped, tmp_path)
-    process.communicate(timeout=200)
+    process.communicate(timeout=LIMIT)
 
     steps = 2 * (1437 // 32)
     for other in (killed, stopped):
