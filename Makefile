@@ -19,11 +19,14 @@ demo: $(VENV)/installed
 	@test -e data/digits/train/index.json || $(BIN)/python -m shards make digits data/digits
 	@$(BIN)/python -m launch.local $(DEMO_PROCESSES) configs/quickstart.yaml
 
+# Two at a time: most tests wait for processes to start, and some for SLURM.  JOBS=0 runs them one after the other.
+JOBS ?= 2
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-quick: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not slurm"
 
 # The first command on a machine with a GPU; prints a table for tests/benchmarks/RESULTS.md.
 test-gpu: $(VENV)/installed

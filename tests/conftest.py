@@ -101,8 +101,12 @@ def pytest_collection_modifyitems(items):
         whole = file in SLOW and item.originalname not in SLOW[file]
         if whole or f"{file}::{item.name}".startswith(SLOW_TESTS):
             item.add_marker("slow")
-        if file.startswith("tests/launch/test_slurm"):
+        slurm = file.startswith("tests/launch/test_slurm")
+        if slurm:
             item.add_marker("slurm")
+        # With several workers (-n 2), a file's tests stay together, as do those that share a SLURM or trained networks.
+        export = file.startswith("tests/dist_train/export/")
+        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else "export" if export else file))
 
 
 @pytest.fixture(scope="session")
