@@ -52,6 +52,8 @@ class Progress:
     """Updates that were applied before the present stage of the regime; 0 in the first."""
     skipped_steps: int = 0
     """Updates that were not applied, because the gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """The last of them that count towards ``faults.max_nonfinite``."""
     evaluated: int = 0
     """Global batch after which the network was last evaluated."""
     best_score: float | None = None

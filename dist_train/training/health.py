@@ -64,7 +64,6 @@ class SkippedSteps:
     def __init__(self, group: Group, allowed_in_a_row: int) -> None:
         self.group = group
         self.allowed = allowed_in_a_row
-        self.in_a_row = 0
 
     def count(self, applied: bool, loss: torch.Tensor, progress: Progress, scale: LossScale | None = None) -> None:
         """Count one step in the progress; name the rank whose loss caused a skipped one.  All ranks must call.
@@ -72,7 +71,7 @@ class SkippedSteps:
         As long as the loss scale can fall, that is the remedy, and a skipped step does not count towards the limit in a row.
         """
         if applied or scale is None or scale.is_smallest:
-            self.in_a_row = 0 if applied else self.in_a_row + 1
+            progress.skipped_in_a_row = 0 if applied else progress.skipped_in_a_row + 1
         progress.skipped_steps += not applied
         if applied:
             return
@@ -90,10 +89,10 @@ class SkippedSteps:
             f"; the loss scale is now {scale.value:g}" if scale else "",
         )
 
-    def check(self, step: int) -> None:
+    def check(self, progress: Progress) -> None:
         """Raise TrainingError after too many skipped steps in a row."""
-        if self.in_a_row >= self.allowed:
+        if progress.skipped_in_a_row >= self.allowed:
             raise TrainingError(
-                f"{self.in_a_row} steps in a row had a gradient that is not finite (step {step}); the weights and the "
+                f"{progress.skipped_in_a_row} steps in a row had a gradient that is not finite (step {progress.step}); the weights and the "
                 "last checkpoint are from before; lower optim.lr, set optim.max_grad_norm, or try train.precision fp32"
             )

@@ -176,7 +176,7 @@ class Trainer:
             self.criterion.end_batch(confidence)
         self.schedule.begin_stage(self.progress)
         self.skipped_steps.count(update.applied, total, self.progress, self.engine.loss_scale)
-        self.skipped_steps.check(self.progress.step)
+        self.skipped_steps.check(self.progress)
         self.watchdog.step(self.progress.step, self.progress.batch)
         self.run_folder.display.step(self.progress.batch)
         return finish_vote

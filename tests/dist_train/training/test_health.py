@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,16 @@ def test_a_second_ctrl_c_ends_at_once():
 
 
 def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
-    steps, progress = SkippedSteps(Alone(), allowed_in_a_row=3), Progress(skipped_steps=5)
+    steps, progress = SkippedSteps(Alone(), allowed_in_a_row=3), Progress(step=7, skipped_steps=5)
     for applied in (False, False, True, False, False):
         steps.count(applied, torch.tensor(float("nan")), progress)
-        steps.check(step=7)
-    assert (progress.skipped_steps, steps.in_a_row) == (9, 2)
+        steps.check(progress)
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (9, 2)
+    # The next start goes on counting where its checkpoint was written.
+    steps, progress = SkippedSteps(Alone(), allowed_in_a_row=3), Progress(**asdict(progress))
     steps.count(False, torch.tensor(1.0), progress)
     with pytest.raises(TrainingError, match=r"3 steps in a row had a gradient that is not finite \(step 7\)"):
-        steps.check(step=7)
+        steps.check(progress)
 
 
 def test_steps_that_the_loss_scale_can_cure_are_none_in_a_row():
@@ -56,13 +59,13 @@ def test_steps_that_the_loss_scale_can_cure_are_none_in_a_row():
     for _ in range(8):
         scale.count(False)
         steps.count(False, torch.tensor(1.0), progress, scale)
-        steps.check(step=7)
+        steps.check(progress)
         if scale.value > 1:
-            assert steps.in_a_row == 0
+            assert progress.skipped_in_a_row == 0
     assert progress.skipped_steps == 8
     steps.count(False, torch.tensor(1.0), progress, scale)
     with pytest.raises(TrainingError, match="4 steps in a row"):
-        steps.check(step=7)
+        steps.check(progress)
 
 
 def test_a_free_port_is_none_that_the_kernel_gives_to_somebody_else_before_rank_0_opens_it():
