@@ -55,7 +55,7 @@ def run(path: str, *overrides: str) -> int:
         code = FAILED
     except UserError as error:
         print(f"launch.slurm: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        code = error.exit_code
     # Neither gets better by another try.
     if code in (0, USER_ERROR):
         return code

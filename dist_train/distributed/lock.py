@@ -11,16 +11,18 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
-from dist_train.errors import DataError
+from dist_train.errors import DataError, StorageError
 
 log = logging.getLogger("dist_train")
 
 WAIT_SECONDS = 15.0
 """How long a start waits for the processes of an earlier start to exit: after a preemption they take a few seconds."""
+SINCE = "%Y-%m-%d %H:%M:%S"
+"""How a lock's file writes the time at which it was taken."""
 _POLL_SECONDS = 0.25
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
@@ -48,6 +50,7 @@ class RunLock:
 
         Raises:
             DataError: another training holds it (names its host and process), or the folder cannot be written.
+            StorageError: the disk is full, which a later try may find otherwise.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,8 @@ class RunLock:
             self._file.truncate(0)
             self._file.write(json.dumps(_myself()).encode())
         except OSError as error:
-            raise DataError(
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise (StorageError if full else DataError)(
                 f"{self.path.parent}: cannot be written ({error.strerror}); free space, or set another --runs"
             ) from None
         # Shared from here on, so that the other ranks can join; an exclusive start still has to wait for all.
@@ -91,27 +95,36 @@ class RunLock:
 
     def holder(self) -> str:
         """The process that last wrote the lock file, as text for a message."""
-        try:
-            content = json.loads(self.path.read_text())
-            job = f", SLURM job {content['job']}" if content.get("job") else ""
-            return f"process {content['pid']} on {content['host']} (since {content['since']}{job})"
-        except (OSError, ValueError, KeyError, TypeError):
+        content = self._content()
+        if content is None:
             return "another process"
+        job = f", SLURM job {content['job']}" if content.get("job") else ""
+        return f"process {content['pid']} on {content['host']} (since {content['since']}{job})"
 
     def holder_lives(self) -> bool | None:
         """Whether the process that last took the lock is alive; None where it is on another host.
 
         Takes no lock, not even for a moment: a start that found it taken would be refused.
         """
+        content = self._content()
+        if content is None:
+            return False
+        if content["host"] != socket.gethostname():
+            return None
         try:
-            content = json.loads(self.path.read_text())
-            if content["host"] != socket.gethostname():
-                return None
-            since = time.mktime(time.strptime(content["since"], "%Y-%m-%d %H:%M:%S"))
+            since = time.mktime(time.strptime(content["since"], SINCE))
             # A number is given to another process some day, which began after the lock was taken.
             return psutil.Process(content["pid"]).create_time() < since + 1
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        except (ValueError, TypeError, psutil.Error):
             return False
+
+    def _content(self) -> dict[str, Any] | None:
+        """What the process that last took the lock has written into it; None where it is not whole."""
+        try:
+            content = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) and {"host", "pid", "since"} <= content.keys() else None
 
     def _held_alone(self, wait_seconds: float, say: Callable[[str], None]) -> bool:
         assert self._file
@@ -152,6 +165,6 @@ def _myself() -> dict[str, object]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "since": time.strftime("%F %T"),
+        "since": time.strftime(SINCE),
         "job": os.environ.get("SLURM_JOB_ID"),
     }

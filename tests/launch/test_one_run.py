@@ -212,7 +212,8 @@ def test_a_disk_that_is_full_at_the_start_is_one_line(config, command, small_dis
     disk = small_disk(64)
     fill(disk)
     result = command(*short(config, disk))
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result
+    # As a failure that a retry may cure: a job in a queue is started again when there may be space.
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1), result
     assert "cannot be written (No space left on device)" in result.stderr
 
 
