@@ -249,7 +249,7 @@ def test_bad_input_is_one_line(run, photos, tmp_path, capsys):
     assert "exits 1 to 3" in said(capsys, folder, photos, "--exit", 4)
     assert "--batch is 0" in said(capsys, folder, photos, "--batch", 0)
     for output in (tmp_path / "no" / "out.csv", tmp_path):  # before the images are read: the only one is none
-        assert "cannot be written" in said(capsys, folder, folder / "report.json", "--output", output)
+        assert "cannot be written" in said(capsys, folder, __file__, "--output", output)
 
 
 def test_a_deadline_is_the_policy(run, photos, capsys):
