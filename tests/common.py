@@ -114,6 +114,7 @@ def on_a_terminal(width: int, *arguments: object) -> list[str]:
     main, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
     environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8", "PYTHONUTF8": "1"}
+    environment.pop("COLUMNS", None)  # it would count more than the terminal
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)], stdin=end, stdout=end, stderr=end, env=environment
     )
