@@ -84,7 +84,8 @@ class MSDNet(MultiExitNetwork):
         self.num_exits = exits
         self.num_classes = num_classes
         self.dialect = dialect
-        self.activation_checkpointing = activation_checkpointing
+        # A checkpoint with a context of its own cannot be compiled.  Only here, since it imports the compiler.
+        self._run_recomputed = torch.compiler.disable(_run_recomputed) if activation_checkpointing else None  # type: ignore[no-untyped-call]
         self.divisor = (1 if stem == 32 else 4) * 2 ** (scales - 1)
         spans = [base, *(step if step_mode == "even" else step * exit_ + 1 for exit_ in range(1, exits))]
         widths = _Widths(
@@ -108,7 +109,7 @@ class MSDNet(MultiExitNetwork):
             features.append(layer(features[scale - 1] if scale else images))
         logits = []
         for block, head in zip(self.blocks, self.heads):
-            run = _run_recomputed if self.activation_checkpointing and torch.is_grad_enabled() else _run_block
+            run = self._run_recomputed if self._run_recomputed and torch.is_grad_enabled() else _run_block
             features = run(cast(nn.ModuleList, block), features)
             logits.append(head(features[-1]))
         return tuple(logits)
@@ -346,7 +347,6 @@ def _run_block(block: nn.ModuleList, features: Features) -> Features:
     return features
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a checkpoint with a context of its own cannot be compiled
 def _run_recomputed(block: nn.ModuleList, features: Features) -> Features:
     """As :func:`_run_block`, without keeping what is inside the block for the backward pass."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]

@@ -281,6 +281,7 @@ def test_more_processes_than_the_machine_has_are_refused(config, command):
     [
         (["--help"], ["torch", "pydantic", "numpy"]),
         (["plan", "CONFIG"], ["deepspeed", "nvidia.dali", "mlflow", "matplotlib", "sklearn", "rich", "submitit"]),
+        (["train", "CONFIG"], ["mlflow", "submitit"]),
         (["sync", "FOLDER"], ["torch.distributed.fsdp", "deepspeed", "nvidia.dali", "mlflow", "matplotlib"]),
     ],
 )
