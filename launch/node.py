@@ -22,6 +22,8 @@ from dist_train.errors import USER_ERROR, ConfigError, UserError
 
 GRACE_SECONDS = 60.0
 """How long the processes may keep running after the process that started them is gone."""
+# DeepSpeed's autotuner, used by nobody here, imports MLflow where it is there, which takes as long as all else in a launcher.
+_LAUNCH = "import sys; sys.modules['mlflow'] = None; from deepspeed.launcher.launch import main; main()"
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Place:
         return [
             sys.executable,
             "-u",
-            "-m",
-            "deepspeed.launcher.launch",
+            "-c",
+            _LAUNCH,
             f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
             f"--node_rank={self.number}",
             f"--master_addr={self.master}",
