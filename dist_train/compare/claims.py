@@ -137,7 +137,9 @@ def _finding(group: SeedGroup, number: int, base: SeedGroup, base_number: int) -
     if not differences:
         return None
     by_image = _by_image((group, number), (base, base_number), list(differences))
-    return Finding(group, base, number, base_number, effect(differences, by_image))
+    reports = [run.report or {} for one in (group, base) for run in one.finished]
+    tested = min((int(report["images"]) for report in reports if "images" in report), default=None)
+    return Finding(group, base, number, base_number, effect(differences, by_image, tested))
 
 
 def _by_image(

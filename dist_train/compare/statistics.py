@@ -43,12 +43,15 @@ class Effect:
     p: float | None = None
 
 
-def effect(differences: Mapping[str, float], by_image: NDArray[np.float64] | None = None) -> Effect:
-    """The effect behind paired differences.
+def effect(
+    differences: Mapping[str, float], by_image: NDArray[np.float64] | None = None, tested: int | None = None
+) -> Effect:
+    """The effect behind paired differences of accuracies.
 
     Args:
         differences: by seed, at least one.
         by_image: [N] for every image the difference of its outcomes (1 right, 0 wrong), averaged over the seeds.
+        tested: number of images behind every accuracy; None treats the differences as exact.
     """
     values = list(differences.values())
     mean = math.fsum(values) / len(values)
@@ -56,25 +59,34 @@ def effect(differences: Mapping[str, float], by_image: NDArray[np.float64] | Non
     if len(values) < 2:
         return Effect(mean, tuple(differences), over_images=images)
     sd = float(np.std(values, ddof=1))
-    seeds, p = t_interval(values), t_test(values)
+    seeds, p = t_interval(values, tested), t_test(values, tested)
     both = None if images is None else combined_interval(mean, seeds, images)
     return Effect(mean, tuple(differences), sd, seeds, images, both, p)
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """Student's interval of the mean of at least two independent values."""
-    mean, error = float(np.mean(values)), float(stats.sem(values))
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
+def t_interval(values: Sequence[float], tested: int | None = None) -> Interval:
+    """Student's interval of the mean of at least two independent values; ``tested`` as for :func:`effect`."""
+    mean = float(np.mean(values))
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * _standard_error(values, tested)
     return mean - reach, mean + reach
 
 
-def t_test(values: Sequence[float]) -> float:
+def t_test(values: Sequence[float], tested: int | None = None) -> float:
     """Two-sided p-value of the hypothesis that the mean of at least two independent values is 0."""
-    error = float(stats.sem(values))
+    error, mean = _standard_error(values, tested), abs(float(np.mean(values)))
     if not error:
-        # Small test sets give equal differences at all seeds, for which scipy has no p-value.
-        return 1.0 if not any(values) else 0.0
-    return float(2 * stats.t.sf(abs(float(np.mean(values))) / error, len(values) - 1))
+        return 0.0 if mean else 1.0
+    return float(2 * stats.t.sf(mean / error, len(values) - 1))
+
+
+def _standard_error(values: Sequence[float], tested: int | None) -> float:
+    """Of the mean: the spread over the seeds, and that of rounding to whole images.
+
+    Accuracies on few images are often equal by chance, and differences of two such shares agree at two seeds as often: without
+    the variance of rounding, a uniform distribution of one image's width for each share, they would be certain.
+    """
+    rounding = 2 / (12 * tested**2) if tested else 0.0
+    return math.sqrt((float(np.var(values, ddof=1)) + rounding) / len(values))
 
 
 def bootstrap_interval(by_image: NDArray[np.float64]) -> Interval:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
 
-from dist_train.evaluation.accuracy import TAILS
+from dist_train.evaluation.accuracy import interval
 from dist_train.evaluation.samples import Samples
 from dist_train.evaluation.scores import Scoring, fit_scoring
 from dist_train.prediction.confidence import AnyMeasure
@@ -158,7 +157,7 @@ def measure(
     samples: Samples,
     costs: NDArray[np.float64],
 ) -> list[Measured]:
-    """The risks of these thresholds on some images: shares with bootstrap intervals, differences and costs with normal ones."""
+    """The risks of these thresholds on some images: shares with exact intervals, differences and costs with normal ones."""
     outputs = scoring.outputs(samples)
     exits = outputs.exits(thresholds)
     found = []
@@ -166,7 +165,7 @@ def measure(
         loss = losses(risk, outputs, exits, costs)
         value, images = float(loss.mean()), len(loss)
         if risk in ("consistency", "error"):
-            low, high = (binom.ppf(TAILS, images, value) / images).tolist()
+            low, high = interval(int(loss.sum()), images)
         else:
             reach = 1.96 * float(loss.std()) / math.sqrt(images)
             low, high = value - reach, value + reach

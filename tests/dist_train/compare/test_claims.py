@@ -61,7 +61,8 @@ def test_every_gain_is_that_of_the_pairs_of_equal_seeds(make_arm):
     tops = [[[exit["top1"] for exit in read_folder(folder).exits] for folder in arm] for arm in (alone, taught)]
     differences = (np.array(tops[1])[:, 0] - np.array(tops[0])[:, 1]).tolist()
     found = first.findings[0].effect
-    assert (found.over_seeds, found.p) == (t_interval(differences), t_test(differences))
+    images = read_folder(taught[0]).report["images"]
+    assert (found.over_seeds, found.p) == (t_interval(differences, images), t_test(differences, images))
     assert found.over_images[0] < found.mean < found.over_images[1]
     assert found.over_both[0] < min(found.over_images[0], found.over_seeds[0])
     everything = [one for claim in (gains, first) for one in claim.findings]

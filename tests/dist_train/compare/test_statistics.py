@@ -51,9 +51,23 @@ def test_one_seed_has_no_interval_over_seeds():
     assert covers(found.over_images, 0.25)
 
 
-def test_equal_differences_are_certain():
+def test_equal_differences_of_exact_values_are_certain():
     assert (t_test([0.5, 0.5]), t_test([0.0, 0.0])) == (0.0, 1.0)
     assert t_interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("images", "accuracy", "tests", "seeds"), [(360, 0.985, 14, 2), (200, 0.97, 9, 2), (360, 0.985, 14, 3)]
+)
+def test_equal_counts_of_few_images_are_no_certainty(images, accuracy, tests, seeds):
+    """Studies without any difference in which something is significant, at most 5 %; as exact values, it is up to 65 %."""
+    hits = np.random.default_rng(7).binomial(images, accuracy, (300, 2, tests, seeds)) / images
+    differences = hits[:, 1] - hits[:, 0]
+    found = np.mean([min(holm([t_test(one, images) for one in study])) <= 1 - LEVEL for study in differences])
+    assert found < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+    low, high = t_interval([1 / images] * seeds, images)
+    assert low < 0 < high or seeds > 2
+    assert effect({"0": 1 / images, "1": 1 / images}, tested=images).p > 0.1
 
 
 def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say():

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from dist_train.distributed.group import Group, Ranks
-from dist_train.evaluation.accuracy import by_exit, interval
+from dist_train.evaluation.accuracy import _resampled, by_exit, interval
 from dist_train.evaluation.calibration import (
     bin_indices,
     fit_temperatures,
@@ -98,10 +99,24 @@ def test_intervals_of_loss_and_calibration_error_are_those_of_images_drawn_again
             drawn = generator.integers(len(samples), size=len(samples))
             losses.append(samples["loss"][drawn, m].mean())
             errors.append(error_by_bins(confidence[drawn], hits[drawn], places[drawn]))
-        for found, plain in ((one.loss_interval, losses), (one.ece_interval, errors)):
-            low, high = np.quantile(plain, [0.025, 0.975])
-            assert found == pytest.approx((low, high), abs=0.1 * (high - low))
+        low, high = np.quantile(losses, [0.025, 0.975])
+        assert one.loss_interval == pytest.approx((low, high), abs=0.1 * (high - low))
+        low, high = np.quantile(errors, [0.025, 0.975]) - (np.mean(errors) - one.ece)
+        assert one.ece_interval == pytest.approx((max(0, low), high), abs=0.1 * (high - low))
     assert by_exit(samples) == by_exit(samples)
+
+
+def test_the_interval_of_a_calibration_error_is_about_what_other_images_give():
+    """Also for a calibrated network, whose error is noise alone: images drawn again have more of it."""
+    generator, inside, others = np.random.default_rng(2), 0, []
+    for _ in range(40):
+        confidence = generator.uniform(0.3, 1, (200, 1)).astype(np.float32)
+        hits = generator.random((200, 1)) < confidence
+        _, ((low, high),) = _resampled(np.zeros_like(confidence), confidence, hits)
+        others.append(reliability(confidence[:, 0], hits[:, 0]).error)
+        assert low < others[-1] < high
+        inside += low < np.mean(others) < high
+    assert inside > 32
 
 
 def error_by_bins(confidence, hits, places):
@@ -171,12 +186,14 @@ def test_calibration_error_is_its_definition_and_does_not_part_ties():
     assert once.accuracy[-1] == right[tied == 1].mean()
 
 
-def test_the_interval_is_that_of_many_draws():
-    rng = np.random.default_rng(0)
-    flags = rng.random(300) < 0.8
-    draws = flags[rng.integers(0, 300, size=(20_000, 300))].mean(axis=1)
-    assert interval(int(flags.sum()), 300) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.004)
-    assert interval(10, 10) == (1, 1)
+@pytest.mark.parametrize("images", [100, 360, 1000])
+def test_the_interval_of_an_accuracy_covers_it_as_often_as_it_says(images):
+    intervals = np.array([interval(hits, images) for hits in range(images + 1)])
+    for accuracy in (0.5, 0.9, 0.985, 0.997, 0.999):
+        covered = (intervals[:, 0] <= accuracy) & (accuracy <= intervals[:, 1])
+        assert 0.95 <= binom.pmf(np.arange(images + 1), images, accuracy)[covered].sum() < 1
+    assert interval(0, images)[0] == 0
+    assert interval(images, images) == (pytest.approx(0.025 ** (1 / images)), 1)
 
 
 def test_diagnostics_are_counted_right():
