@@ -13,7 +13,7 @@ from dist_train.compare.grouping import Comparison
 from dist_train.compare.plots import CLAIM_WORDS, FIGURES, claim_figure
 from dist_train.compare.runs import COMPARISON_TAG
 from dist_train.compare.tables import accuracy_csv, claims_csv, runs_csv, tables
-from dist_train.errors import DataError, UserError
+from dist_train.errors import DataError
 from dist_train.files import write_whole
 from dist_train.render.figure import to_png
 from dist_train.render.page import bullets, page, paragraph, picture
@@ -107,7 +107,10 @@ def track(comparison: Comparison, files: list[Path], command: str, parent: bool 
     experiment = client.get_run(runs[0].run_id).info.experiment_id
     place = str(files[0].parent.resolve())
     note = {"mlflow.note.content": f"`{command}`\n\n{markdown(comparison)}", "mlflow.runName": comparison.title}
-    found = client.search_runs([experiment], f"tags.`{COMPARISON_TAG}` = '{place}'", max_results=1)
+    # MLflow's filters have no escapes: a quote in the path is left to a wildcard.
+    pattern = place.replace("'", "_").replace("%", "_")
+    query = f"tags.`{COMPARISON_TAG}` LIKE '{pattern}'"
+    found = [run for run in client.search_runs([experiment], query) if run.data.tags[COMPARISON_TAG] == place]
     if found:
         run_id = found[0].info.run_id
         for key, value in note.items():
@@ -142,8 +145,9 @@ def publish(
         try:
             uri = track(comparison, files, command, parent)
         # The files are written by now: a store that is away must not turn the comparison into a failure.
-        except (UserError, OSError) as error:
-            print(f"dist-train: the comparison is not in MLflow: {error}", file=sys.stderr)
+        except Exception as error:  # whatever MLflow raises
+            said = " ".join(str(error).split())
+            print(f"dist-train: the comparison is not in MLflow: {said}", file=sys.stderr)
         else:
             if uri:
                 print(f"in MLflow {uri}")

@@ -237,6 +237,9 @@ def _data_differences(first: SeedGroup, second: SeedGroup) -> list[str]:
     counts = [{run.report.get("images") for run in group.finished if run.report} for group in (first, second)]
     if not lines and all(counts) and counts[0] != counts[1]:
         lines.append(f"number of evaluation images ({_join(counts[0])} and {_join(counts[1])})")
+    runs = [run for group in (first, second) for run in group.finished]
+    if any(not run.evaluated_later for run in runs) and any(run.evaluated_before_its_end for run in runs):
+        lines.append("weights (some of the last step, some of the best validation: run dist-train eval on all of them)")
     return lines
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dist_train.config_file import describe_fields, flatten, plain
 from dist_train.errors import DataError
 from dist_train.tracking.metrics import read_metrics
+from dist_train.tracking.mirror import CHANGED, SyncState
 from dist_train.tracking.mlflow import open_store
 from dist_train.tracking.outcomes import unpack
 
@@ -52,6 +53,17 @@ class RunData:
     def exits(self) -> list[dict[str, Any]]:
         """The report's exits, empty before the run's end."""
         return list(self.report.get("exits", [])) if self.report else []
+
+    @property
+    def evaluated_later(self) -> bool:
+        """Whether the report is of `dist-train eval`, which takes the best checkpoint; training's own is of the last step."""
+        return any("ece" in one for one in self.exits)
+
+    @property
+    def evaluated_before_its_end(self) -> bool:
+        """Whether the report is of a step before the last validation."""
+        validations = self.series.get("val/mean_top1", [])
+        return bool(self.report and validations and self.report.get("step", 0) < validations[-1][0])
 
     @cached_property
     def outcomes(self) -> NDArray[np.uint8] | None:
@@ -104,7 +116,7 @@ def read_folder(folder: str | Path) -> RunData:
     folder = Path(folder)
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):  # ValueError: another encoding
         tree = None
     if not isinstance(tree, dict):
         raise DataError(f"{folder}: holds no readable config.yaml; give run folders, such as runs/NAME")
@@ -114,7 +126,9 @@ def read_folder(folder: str | Path) -> RunData:
             for metric, value in entry["metrics"].items():
                 if wanted(metric):
                     series.setdefault(metric, []).append((entry["step"], value))
-    tracking = _json(folder / "tracking.json") or {}
+    state = SyncState(folder)
+    # What a copied folder has is the MLflow run of the one that it was copied from.
+    tracking = state.read() if state.belongs_to(folder) else {}
     data = (_json(folder / "env.json") or {}).get("data", {})
     fields = _defaults() | {key: plain(value) for key, value in flatten(tree).items()}
     return RunData(
@@ -150,8 +164,8 @@ def read_store(uri: str, experiment: str, query: str) -> list[RunData]:
         except Exception as error:
             text = " ".join(str(error).split())[:160]
             raise DataError(f"--filter {query!r}: {text}; write for instance params.loss.teachers = 'later'") from None
-        # Comparisons live in the same experiment as the runs they compare.
-        runs += [run for run in page if COMPARISON_TAG not in run.data.tags]
+        # Comparisons live in the same experiment as the runs they compare, and so do the parents of sweeps, which trained nothing.
+        runs += [run for run in page if COMPARISON_TAG not in run.data.tags and run.data.params]
         token = page.token
         if not token:
             break
@@ -170,8 +184,10 @@ def _from_store(client: Any, uri: str, run: Any) -> RunData:
         if wanted(metric):
             history = sorted(client.get_metric_history(run.info.run_id, metric), key=lambda point: point.timestamp)
             series[metric] = _one_per_step([(point.step, point.value) for point in history])
-    fields = _defaults() | dict(run.data.params)
     tags = run.data.tags
+    # Parameters cannot be changed in MLflow: what a later start has set is in tags.
+    changed = {key.removeprefix(CHANGED): value for key, value in tags.items() if key.startswith(CHANGED)}
+    fields = _defaults() | dict(run.data.params) | changed
     return RunData(
         name=run.info.run_name,
         source=f"MLflow run {run.info.run_id}",

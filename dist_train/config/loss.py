@@ -51,7 +51,7 @@ class LossConfig(Section):
     anneal_factor: Annotated[float, Field(gt=0)] = 1.05
     """Factor by which anneal multiplies the temperature."""
     temperature_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
-    """Smallest and largest temperature of anneal (default: no bounds)."""
+    """Smallest and largest temperature of anneal (default: 0.001 and 1000)."""
     temperature_schedule: tuple[tuple[Natural, Annotated[float, Field(gt=0)]], ...] = ()
     """Points [step, factor] of schedule, interpolated linearly and constant beyond the ends."""
 

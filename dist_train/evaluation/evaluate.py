@@ -13,16 +13,16 @@ from torch import Tensor
 
 from dist_train.config import Config, DataConfig
 from dist_train.data.pipeline import Loader
-from dist_train.data.split import open_split
+from dist_train.data.split import open_index, open_split
 from dist_train.distributed.group import Group, Ranks
-from dist_train.errors import CheckpointError, DataError
+from dist_train.errors import CheckpointError, DataError, UserError
 from dist_train.evaluation.corruptions import SEVERITIES, TABLE, corrupt
 from dist_train.evaluation.guarantee import Request, guarantee
 from dist_train.evaluation.report import Report
 from dist_train.evaluation.samples import SampleCollector, Samples
 from dist_train.evaluation.scores import fit_scoring
 from dist_train.evaluation.shift import Shifted, shifted
-from dist_train.evaluation.split import Ids, balanced, check_disjoint
+from dist_train.evaluation.split import Ids, balanced, check_disjoint, copies, without_copies
 from dist_train.models import MultiExitNetwork
 from dist_train.models.cost import cost_columns
 from dist_train.precision import autocast
@@ -94,7 +94,7 @@ def evaluate(
     costs: dict[str, list[float]] = cost_columns(model, data.image_size)
     check_budgets(budgets, np.array(costs["multiply_adds"]), "multiply_adds", clamp)
     timing = None if cost is None else read_timing(cost, model.num_exits)
-    _check_calibration(fitting, bool(budgets) or shift, request, meta.fingerprint)
+    _check_calibration(fitting, bool(budgets) or shift, request, meta.fingerprint, index, trained.data)
     group = Group(Ranks.from_env(), config.faults.group_minutes)
     model = model.to(group.device).eval()
     samples = _measure(model, index, split, config, group)
@@ -142,18 +142,48 @@ def _under_shift(report: Report, model: MultiExitNetwork, config: Config, group:
     return found
 
 
-def _check_calibration(fitting: _Calibration, wanted: bool, request: Request | None, trained: str) -> None:
-    """Refuse, before any image is read, what cannot be calibrated: without images, or on those of the training."""
+def _check_calibration(
+    fitting: _Calibration, wanted: bool, request: Request | None, fingerprint: str, tested: Index, trained: DataConfig
+) -> None:
+    """Refuse, before any image is evaluated, what cannot be calibrated: without images, or on those of the training."""
     if (wanted or request is not None) and not len(fitting.ids):
         raise DataError(f"budgets, guarantees and --shift need calibration images; {fitting.notes[0]}")
-    if request is None:
-        return
-    check_targets(request.targets, request.delta)
-    if fitting.fingerprint == trained:  # whatever their split is called
+    if request is not None:
+        check_targets(request.targets, request.delta)
+    if request is not None and fitting.fingerprint == fingerprint:  # whatever their split is called
         raise DataError(
-            f"{fitting.name} has the images that the network was trained on (fingerprint {trained[:12]}), which say nothing "
+            f"{fitting.name} has the images that the network was trained on (fingerprint {fingerprint[:12]}), which say nothing "
             "about new ones; give another --calibration"
         )
+    fitting.notes.extend(_trained_on(fitting, tested, trained, refuse=request is not None))
+
+
+def _trained_on(fitting: _Calibration, tested: Index, trained: DataConfig, refuse: bool) -> list[str]:
+    """A note about images that thresholds are fitted on and the network was trained on; a guarantee on such images is refused.
+
+    Shards made anew, of a part or of more, have another fingerprint.
+    """
+    index = fitting.index or tested
+    parts: list[tuple[DataConfig, str]] = (
+        [(trained, trained.train)]
+        if isinstance(trained.train, str)
+        else [(trained.model_copy(update={"shards": part.shards}), part.split) for part in trained.train]
+    )
+    seen: set[int] = set()
+    for data, split in parts:
+        try:
+            seen |= set(copies(index, fitting.ids, open_index(data, split)).tolist())
+        except UserError as error:
+            unknown = f"whether {fitting.name} has images that the network was trained on is not known: {error}"
+            return [unknown] if refuse else []
+    if not seen:
+        return []
+    said = (
+        f"{len(seen)} of the {len(fitting.ids)} images of {fitting.name} that thresholds are fitted on were trained on"
+    )
+    if refuse:
+        raise DataError(f"{said}, which say nothing about new ones; give another --calibration")
+    return [f"budgets: {said}, where the network is surer than on new ones"]
 
 
 def _exists(data: DataConfig, split: str) -> bool:
@@ -179,10 +209,13 @@ def _choose_calibration(
     if name is None and split != data.val and _exists(data, data.val):
         name = data.val
     if name is None:
-        ids = balanced(index, share=0.5)
+        half = balanced(index, share=0.5)
+        ids = without_copies(index, half)
         note = (
             f"budgets: thresholds fitted on {len(ids)} images of {split}, as many of every class, tested on the others"
         )
+        if len(ids) < len(half):
+            note += f"; {len(half) - len(ids)} were left out, of which the others have copies"
         if not len(ids):
             note = f"no budgets: {split} has a class with fewer than two labeled images; give --calibration a split"
         return _Calibration(f"half of {split}", split, None, ids, [note], index.fingerprint)

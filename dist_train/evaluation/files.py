@@ -14,6 +14,7 @@ from dist_train.evaluation.plots import pictures
 from dist_train.evaluation.report import BudgetPoint, Report
 from dist_train.files import write_whole
 from dist_train.render.table import csv_of_dicts
+from dist_train.tracking.mirror import SyncState
 from dist_train.tracking.mlflow import log_report, unusable
 from dist_train.training import checkpoint
 
@@ -137,13 +138,15 @@ def log_to_run(report: Report, files: Sequence[Path], out: str | Path | None = N
     """
     html = next(file for file in files if file.suffix == ".html")
     lines = ["", f"report     {html}"]
-    try:
-        state = json.loads((report.folder / "tracking.json").read_text())
-        uri, run_id = state["uri"], state["run_id"]
-    except (OSError, ValueError, KeyError):
+    state = SyncState(report.folder)
+    uri, run_id = state.read().get("uri"), state.read().get("run_id")
+    if uri is None or run_id is None or out is not None:
         return lines
-    if out is not None:
-        return lines
+    if not state.belongs_to(report.folder):
+        return [
+            *lines,
+            f"not in MLflow: the folder is a copy; `dist-train sync {report.folder}` gives it a run of its own",
+        ]
     try:
         _log(report, files, uri, run_id)
     except Exception as error:  # whatever MLflow raises: the files are written

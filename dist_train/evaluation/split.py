@@ -52,6 +52,23 @@ def check_disjoint(calibration: Index, test: Index, names: tuple[str, str]) -> N
         )
 
 
+def copies(index: Index, ids: Ids, other: Index) -> Ids:
+    """Those of ``ids`` that are in ``other`` as well, byte for byte and under the same name, as parts of one data set are."""
+    named = ids[np.isin(index.key[ids], other.key)]
+    there = np.isin(other.key, index.key[named]) & np.isin(other.size, index.size[named])
+    digests = {digest for _, digest in _digests(other, np.flatnonzero(there))}
+    return np.array([sample for sample, digest in _digests(index, named) if digest in digests], dtype=np.int64)
+
+
+def without_copies(index: Index, ids: Ids) -> Ids:
+    """Those of ``ids`` of which the rest of the split has no copy, byte for byte."""
+    rest = np.setdiff1d(np.arange(len(index)), ids)
+    common = np.intersect1d(index.size[ids], index.size[rest])
+    digests = {digest for _, digest in _digests(index, rest[np.isin(index.size[rest], common)])}
+    same = [s for s, digest in _digests(index, ids[np.isin(index.size[ids], common)]) if digest in digests]
+    return ids[~np.isin(ids, same)]
+
+
 def _digests(index: Index, samples: Ids) -> Iterable[tuple[int, bytes]]:
     if not len(samples):
         return

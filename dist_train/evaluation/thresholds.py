@@ -79,7 +79,7 @@ def point_for_budget(path: str | Path, budget: str) -> OperatingPoint:
     if not within:
         cheapest = min(point["cost"] for point, _ in points)
         raise ConfigError(
-            f"--budget is {budget}, but the cheapest point of {file} costs {cheapest:.4g} {cost}; give at least that"
+            f"--budget is {budget}, but the cheapest point of {file} costs {cheapest:.10g} {cost}; give at least that"
         )
     # What held-out images promise before what the images of the fit did, which is too good to be true.
     promised = [entry for entry in within if entry[0].get("expected_top1") is not None]

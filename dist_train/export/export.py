@@ -46,7 +46,9 @@ def export(
             not compute what the network computes.
     """
     path = checkpoint.find(path)
-    folder = Path(out) if out else checkpoint.run_folder(path) / "export"
+    folder = Path(out).resolve() if out else checkpoint.run_folder(path) / "export"
+    if folder == Path.cwd():
+        raise ConfigError(f"--out is {out}, the current folder, which an export would replace; give one of its own")
     policies.check_folder(folder)
     meta, config = checkpoint.read_meta(path)
     data = DataConfig.model_validate(config.data.model_dump() | ({"shards": shards} if shards else {}))

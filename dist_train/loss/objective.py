@@ -20,6 +20,10 @@ from dist_train.loss.statistics import ExitStats
 from dist_train.loss.teachers import last_teacher_mixture, teacher_matrix
 
 MAX_EXITS = 16
+TEMPERATURES = (1e-3, 1e3)
+"""Bounds of anneal where none are given.  Of two classes the surer one never has less than 0.5, so that by the default threshold
+the temperature would rise for ever, and float32 would keep nothing of the differences between logits.
+"""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -203,8 +207,7 @@ class ExitDistillation(nn.Module):
         elif self.needs_confidence:
             is_confident = totals[0] / totals[1] > self.config.anneal_threshold
             moved = self.temperature * self.config.anneal_factor
-            if self.config.temperature_bounds:
-                moved = moved.clamp(*self.config.temperature_bounds)
+            moved = moved.clamp(*(self.config.temperature_bounds or TEMPERATURES))
             self.temperature.copy_(torch.where(is_confident, moved, self.temperature))
 
     def _scheduled(self) -> Tensor:

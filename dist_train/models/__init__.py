@@ -104,7 +104,7 @@ def _call_by_name(name: str, num_classes: int, options: Mapping[str, Any]) -> nn
         )
     try:
         build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"model.name is {name!r}, which cannot be found ({error}); use module:function") from None
     try:
         inspect.signature(build).bind(num_classes, **options)

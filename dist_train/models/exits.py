@@ -59,6 +59,7 @@ def attach_exits(
         attached = AttachedExits(network, at, nn.ModuleList(heads), num_classes).eval()
         if not (images.is_meta or isinstance(images, FakeTensor)):  # which have shapes, but no values to compare
             _check_iteration(attached, images)
+            attached.find_shared(images)
     attached.heads.train(network.training)
     attached.training = network.training
     return attached
@@ -76,6 +77,7 @@ class AttachedExits(MultiExitNetwork):
         self._at = tuple(at)
         self._logits: list[Tensor] | None = None
         self._wanted: int | None = None
+        self._shared: frozenset[_Place] = frozenset()
         for number, name in enumerate(at):
             network.get_submodule(name).register_forward_hook(partial(self._at_exit, number))
 
@@ -94,13 +96,27 @@ class AttachedExits(MultiExitNetwork):
         twice, only operations between them do (an addition, a reshape). With ``exits.send(rows)``, a tensor of row
         numbers, the iteration continues with these images only.
         """
-        memory = _Memory(_outermost(self.network, self._at))
+        memory = _Memory(_outermost(self.network, self._at), self._shared)
         for number in range(self.num_exits):
             logits = self._run_to(number, images, memory)
             rows = yield logits
             if rows is not None:
                 memory.keep(rows, len(images))
                 images = images[rows]
+
+    @torch.no_grad()
+    def find_shared(self, images: Tensor) -> None:
+        """Note which tensors between the submodules have no row per image, such as tables of positions, in two trial runs.
+
+        Rows are never taken from those, whatever their length.
+        """
+        lengths = []
+        for batch in (images, torch.cat([images, images[:1]])):
+            memory = _Memory(_outermost(self.network, self._at))
+            with memory:
+                self.network(batch)
+            lengths.append(memory.lengths())
+        self._shared = frozenset(place for place, length in lengths[0].items() if lengths[1].get(place) == length)
 
     def _run_to(self, number: int, images: Tensor, memory: _Memory) -> Tensor:
         self._wanted = number
@@ -129,22 +145,37 @@ class _Reached(BaseException):
         self.logits = logits
 
 
+_Place = tuple[int, ...]
+"""Of a tensor that a module gave: module, number of its call in the pass, and the indices in what it gave."""
+
+
 class _Memory:
     """Inside of it, calls of the given modules that were made in an earlier pass give what they gave then."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], shared: frozenset[_Place] = frozenset()) -> None:
         self._modules = modules
+        self._shared = shared
         self._outputs: dict[tuple[int, int], Any] = {}  # by module and number of its call in the pass
 
     def keep(self, rows: Tensor, batch: int) -> None:
         """Drop all other rows of a batch from what is remembered."""
 
-        def select(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value[rows] if value.dim() and len(value) == batch else value
-            return type(value)(map(select, value)) if isinstance(value, tuple | list) else value
+        def select(place: _Place, value: Tensor) -> Tensor:
+            return value[rows] if value.dim() and len(value) == batch and place not in self._shared else value
 
-        self._outputs = {key: select(value) for key, value in self._outputs.items()}
+        self._outputs = {key: _map(select, key, value) for key, value in self._outputs.items()}
+
+    def lengths(self) -> dict[_Place, int]:
+        """The first size of every tensor that is remembered."""
+        found: dict[_Place, int] = {}
+
+        def note(place: _Place, value: Tensor) -> Tensor:
+            found[place] = len(value) if value.dim() else 0
+            return value
+
+        for key, value in self._outputs.items():
+            _map(note, key, value)
+        return found
 
     def __enter__(self) -> None:
         calls: Counter[int] = Counter()
@@ -167,6 +198,15 @@ class _Memory:
         if key not in self._outputs:
             self._outputs[key] = forward(*args, **kwargs)
         return self._outputs[key]
+
+
+def _map(function: Callable[[_Place, Tensor], Tensor], place: _Place, value: Any) -> Any:
+    """What a module gave, with the function applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return function(place, value)
+    if isinstance(value, tuple | list):
+        return type(value)(_map(function, (*place, number), one) for number, one in enumerate(value))
+    return value
 
 
 def _outermost(network: nn.Module, at: Sequence[str]) -> list[nn.Module]:

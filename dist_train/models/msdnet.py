@@ -351,18 +351,6 @@ def _run_recomputed(block: nn.ModuleList, features: Features) -> Features:
     """As :func:`_run_block`, without keeping what is inside the block for the backward pass."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
 
-    @contextlib.contextmanager
-    def statistics_untouched() -> Iterator[None]:
-        # The first pass has moved the running statistics already; the second must leave them.
-        kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
-        try:
-            yield
-        finally:
-            for norm, (momentum, batches) in zip(norms, kept):
-                norm.momentum, norm.num_batches_tracked = momentum, batches
-
     return cast(
         Features,
         checkpoint(
@@ -370,6 +358,27 @@ def _run_recomputed(block: nn.ModuleList, features: Features) -> Features:
             block,
             features,
             use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), statistics_untouched()),
+            context_fn=lambda: (contextlib.nullcontext(), _StatisticsUntouched(norms)),
         ),
     )
+
+
+class _StatisticsUntouched:
+    """Within it, batch norms do not move their running statistics: the first pass has moved them, the second must leave them.
+
+    It can be entered again: a graph that is kept for several backward passes computes its blocks again in each.
+    """
+
+    def __init__(self, norms: Sequence[nn.modules.batchnorm._NormBase]) -> None:
+        self._norms = norms
+
+    def __enter__(self) -> None:
+        self._kept = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
+        for norm in self._norms:
+            # A counter of its own: SyncBatchNorm insists on one.
+            batches = norm.num_batches_tracked
+            norm.momentum, norm.num_batches_tracked = 0.0, None if batches is None else batches.clone()
+
+    def __exit__(self, *_: object) -> None:
+        for norm, (momentum, batches) in zip(self._norms, self._kept):
+            norm.momentum, norm.num_batches_tracked = momentum, batches

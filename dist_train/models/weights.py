@@ -67,7 +67,10 @@ def load_backbone(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
     exits = [*exit_parts(model), "heads"]
     misshapen = [key for key in own if key in given and given[key].shape != own[key].shape]
     faults = {
-        "missing": [key for key in own if key not in given and not is_in(key, exits)],
+        # Files of torch before 0.4.1 count no batches; torch's own loader takes them, too.
+        "missing": [
+            key for key in own if not (key in given or is_in(key, exits) or key.endswith(".num_batches_tracked"))
+        ],
         "misshapen": [
             f"{k} {list(given[k].shape)} instead of {list(own[k].shape)}" for k in misshapen if not is_in(k, exits)
         ],

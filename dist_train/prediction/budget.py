@@ -104,8 +104,8 @@ def check_budgets(budgets: Sequence[float], costs: Floats, unit: str, clamp: boo
     low, high = float(costs[0]), float(costs[-1])
     for budget in budgets:
         if not (low <= budget <= high or (clamp and not math.isnan(budget))):
-            side = f"below the first exit's {low:.6g}" if budget < low else f"above the last exit's {high:.6g}"
+            side = f"below the first exit's {low:.10g}" if budget < low else f"above the last exit's {high:.10g}"
             raise ConfigError(
-                f"budget {budget:.6g} {unit} is {side}; allowed is {low:.6g} to {high:.6g}, or clamp it (--clamp)"
+                f"budget {budget:.10g} {unit} is {side}; allowed is {low:.10g} to {high:.10g}, or clamp it (--clamp)"
             )
     return [min(max(budget, low), high) for budget in budgets]

@@ -166,6 +166,8 @@ def _betting(values: Floats, mean: float, delta: float) -> float:
     Every bet is made before its value is seen, from the variance so far; where the mean is not below, the wealth is a
     nonnegative supermartingale from 1, which exceeds 1 / p with probability at most p (Ville's inequality).
     """
+    if not len(values):  # nothing to bet on, as where no tested image has the class
+        return 1.0
     count = np.arange(1, len(values) + 1)
     means = (0.5 + np.cumsum(values)) / (count + 1)
     variances = (0.25 + np.cumsum((values - means) ** 2)) / (count + 1)
@@ -223,7 +225,7 @@ def certify(
     for target in targets:
         if target.risk == "cost" and target.epsilon < least:
             raise ConfigError(
-                f"--epsilon of cost is {target.epsilon:g}, but the first exit alone costs {least:.4g} of the last; give more"
+                f"--epsilon of cost is {target.epsilon:g}, but the first exit alone costs {math.ceil(1e4 * least) / 1e4:g} of the last; give more"
             )
     if len(outputs.labels) < 2:
         raise DataError(f"a guarantee needs calibration images, and there are {len(outputs.labels)}; give more of them")

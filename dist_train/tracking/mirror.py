@@ -38,6 +38,8 @@ log = logging.getLogger("dist_train")
 
 
 KEY = "dist_train.key"
+CHANGED = "changed."
+"""Begins the tags of fields that a later start has changed: MLflow's parameters are for ever."""
 """Tag with a run folder's own key, by which its MLflow run is found again if the answer to its creation was lost."""
 
 BYTES_PER_READ = 1 << 20
@@ -182,9 +184,9 @@ class Mirror:
             data = client.get_run(run_id).data
             changed = {key: value for key, value in fields.items() if data.params.get(key, value) != value}
             for key, value in changed.items():
-                client.set_tag(run_id, f"changed.{key}", value)
+                client.set_tag(run_id, f"{CHANGED}{key}", value)
             for tag in data.tags:
-                if tag.startswith("changed.") and tag.removeprefix("changed.") not in changed:
+                if tag.startswith(CHANGED) and tag.removeprefix(CHANGED) not in changed:
                     client.delete_tag(run_id, tag)  # the field has its first value again
             if changed:
                 client.log_artifact(run_id, str(self.folder / "config.yaml"))

@@ -58,6 +58,8 @@ def convert(file: str | Path, output: str | Path, repository: str, arguments: st
         "data": {"shards": NO_SHARDS, **(CIFAR if model["stem"] == 32 else IMAGENET)},
     }
     config = make_config(tree, *overrides)
+    if config.model != make_config(tree).model:
+        raise ConfigError(f"the network is what {arguments} says, which its weights fit; leave out --model")
     # No fingerprint and no optimizer state: it can be evaluated, but no run can resume from it.
     meta = CheckpointMeta(Progress(), 1, _class_names(config.data, classes), "", {})
     folder = output / "checkpoints"
@@ -76,7 +78,7 @@ def _read_arguments(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file}: cannot be read ({error.strerror}); give their configuration as YAML or JSON"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: another encoding, or no number where it says so
         raise ConfigError(f"{file}: is neither YAML nor JSON; write their configuration as such") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: holds a {type(content).__name__}, not names and values")

@@ -17,6 +17,7 @@ from dist_train.data.split import KeptQuarantine, open_split, open_training
 from dist_train.distributed.group import Ranks
 from dist_train.distributed.lock import RunLock
 from dist_train.errors import ConfigError, DataError
+from dist_train.loss import ExitDistillation
 from dist_train.models import MultiExitNetwork, build_model, load_pretrained
 from dist_train.models.cost import cost_columns
 from dist_train.training.resume import ResumePoint, resume_point
@@ -69,6 +70,7 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
             "use a smaller one, or data.last_batch: wrap"
         )
     model = build_model(config.model, len(train.classes), config.data.image_size)
+    ExitDistillation.from_config(config.loss, model.num_exits)
     _check_writable(config.folder)
     stage = chosen_stage(config, model, ranks.world_size)
     return Preflight(config, train, val, model, steps, order.steps_per_epoch, stage)

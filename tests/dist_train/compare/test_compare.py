@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 import sqlite3
@@ -14,7 +15,8 @@ from dist_train import cli
 from dist_train.compare.files import markdown
 from dist_train.compare.grouping import compare
 from dist_train.compare.runs import read_folder, read_store
-from dist_train.config_file import load_config
+from dist_train.config_file import dump_config, load_config
+from dist_train.tracking.mlflow import create_parent
 from dist_train.tracking.tracker import Tracker
 from tests.common import LIMIT
 
@@ -127,6 +129,35 @@ def test_folders_and_mlflow_give_the_same_comparison(make_run, compare_command):
     trained = client.search_runs([experiment], "tags.classes = '10' and params.seed = '1'")
     assert len(trained) == 2
     assert "| 1 | 1.00 M | 51.00 |" in trained[0].data.tags["mlflow.note.content"]
+
+
+def test_settings_in_a_store_are_those_of_the_last_start_and_the_parent_of_a_sweep_is_no_run(make_run):
+    folder = make_run("a", [0.5], optim__lr=0.1)
+    uri = track(folder)
+    config = load_config(folder / "config.yaml")
+    changed = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.3})})
+    (folder / "config.yaml").write_text(dump_config(changed))
+    Tracker(changed, {"command": "again"}).close("FINISHED")
+    create_parent(changed, "sweep", {})
+    (found,) = read_store(uri, "dist_train", "")
+    assert found.fields == read_folder(folder).fields
+    assert found.fields["optim.lr"] == "0.3"
+
+
+def test_an_mlflow_that_cannot_take_a_comparison_leaves_its_files(make_run, compare_command, tmp_path):
+    a, b = make_run("a", [0.5], loss__alpha=0.1), make_run("b", [0.6], loss__alpha=0.2)
+    track(a)
+    for _ in range(2):  # the second is put in the place of the first
+        assert compare_command(a, b, "--out", "it's")[0::2] == (0, "")
+    state = json.loads((a / "tracking.json").read_text())
+    (a / "tracking.json").write_text(json.dumps(state | {"run_id": 32 * "0"}))
+    status, _, err = compare_command(a, b, "--out", "away")
+    assert (status, err.count("\n")) == (0, 1)
+    assert "the comparison is not in MLflow: " in err
+    assert (tmp_path / "away" / "comparison.html").is_file()
+    # A copied folder has the MLflow run of another.
+    shutil.copytree(a, tmp_path / "copy")
+    assert read_folder(tmp_path / "copy").run_id is None
 
 
 def test_a_comparison_of_other_runs_is_not_overwritten(make_run, compare_command, tmp_path):

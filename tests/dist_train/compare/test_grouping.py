@@ -96,6 +96,22 @@ def test_reports_on_other_images_are_not_compared(make_run):
     assert "alpha 0.4" not in notes
 
 
+def test_reports_of_the_last_step_and_of_the_best_are_not_compared(make_run):
+    """The best of many validations on the same images is above the last of them, whatever the method."""
+    evaluated = {"step": 15, "exits": [{"exit": 1, "multiply_adds": 1, "parameters": 1, "top1": 0.7, "ece": 0.1}]}
+    runs = [
+        make_run("last", [0.5], loss__alpha=0.1),
+        make_run("best", [0.7], loss__alpha=0.2, report=evaluated),
+        make_run("same", [0.7], loss__alpha=0.3, report=evaluated | {"step": 20}),
+    ]
+    comparison = compare([read_folder(folder) for folder in runs])
+    _, best, same = comparison.groups
+    assert comparison.difference(best, 1) is None
+    assert "alpha 0.2: other weights (some of the last step, some of the best validation" in "\n".join(comparison.notes)
+    assert comparison.difference(same, 1).mean == pytest.approx(0.2)
+    assert compare([read_folder(folder) for folder in runs[1:]]).difference(same, 1) is not None
+
+
 def test_what_cannot_be_compared_is_said_and_the_rest_compared(make_run):
     runs = [
         make_run("a", [0.5, 0.6], data={"classes": "10", "val_data": "aaaa"}, loss__alpha=0.1),

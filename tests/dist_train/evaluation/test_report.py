@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dist_train.evaluation.samples import SampleCollector
-from dist_train.evaluation.split import balanced
+from dist_train.evaluation.split import _digests, balanced, without_copies
 from dist_train.tracking.outcomes import RIGHT, unpack
 from shards.index import Index
 from tests.common import LIMIT
@@ -217,6 +217,40 @@ def test_another_split_for_calibration(run_folder, digits, ranks, tmp_path):
     assert len(result.test) == len(result.samples) == 360
     counts = np.bincount(Index.load(digits / "train").label)
     assert np.bincount(result.calibration.labels).tolist() == [counts.min()] * 10
+
+
+def test_images_of_the_training_are_found_in_shards_made_anew(run_folder, digits, ranks, refused, command, tmp_path):
+    made = command("shards", "subset", digits, tmp_path / "few", "--per-class", 20)
+    assert made.returncode == 0, made.stderr
+    shards = shutil.copytree(digits, tmp_path / "shards")
+    shutil.copytree(tmp_path / "few" / "train", shards / "part")
+    said = "200 of the 200 images of part that thresholds are fitted on were trained on"
+    words = ["--shards", shards, "--calibration", "part"]
+    assert said in refused("eval", run_folder, *words, "--risk", "gap", "--epsilon", "0.1")
+    (result,) = ranks(evaluated, 1, run_folder, None, shards, "part")
+    assert any(said in note for note in result.notes)
+
+
+def test_of_copies_within_a_split_none_is_on_both_sides(command, tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for number in range(20):
+                pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                for copy in ("", "-copy"):
+                    Image.fromarray(pixels).save(folder / f"{number}{copy}.png")
+    made = command("shards", "make", "folder", tmp_path / "photos", tmp_path / "made")
+    assert made.returncode == 0, made.stderr
+    index = Index.load(tmp_path / "made" / "val")
+    half = balanced(index, 0.5)
+    ids = without_copies(index, half)
+    content = dict(_digests(index, np.arange(80)))
+    assert len(set(content.values())) == 40
+    assert 0 < len(ids) < len(half) == 40
+    assert {content[one] for one in half} & {content[one] for one in np.setdiff1d(np.arange(80), half)}
+    assert not {content[one] for one in ids} & {content[one] for one in np.setdiff1d(np.arange(80), ids)}
 
 
 def test_bad_input_is_one_line(run_folder, digits, refused, tmp_path):

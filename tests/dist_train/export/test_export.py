@@ -196,6 +196,9 @@ def test_bad_input_is_one_line(runs, refused, tmp_path):
     assert "--budget is 1k, but the cheapest point" in refused("export", msdnet, "--budget", "1k")
     assert "has no guarantee of cost" in refused("export", msdnet, "--risk", "cost")
     assert "4 thresholds are given for 3 exits" in refused("export", msdnet, "--thresholds", "1,1,1,1")
+    assert "the current folder, which an export would replace" in refused(
+        "export", msdnet, "--thresholds", "1,1", "--out", "."
+    )
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/one.jpg").touch()
     assert "photos: exists and is no export" in refused(

@@ -37,6 +37,15 @@ def test_bounds_hold():
     assert criterion.temperature.tolist() == pytest.approx([0.8] * 3)
 
 
+@pytest.mark.parametrize(("factor", "end"), [(1.5, 1000), (0.5, 0.001)])
+def test_without_bounds_the_temperature_stays_where_float32_computes(factor, end):
+    """With two classes the confidence is never below 0.5, whatever the temperature."""
+    criterion = criterion_for(anneal_factor=factor)
+    for _ in range(40):
+        criterion.end_batch(totals(0.6))
+    assert criterion.temperature.tolist() == pytest.approx([end] * 3)
+
+
 def test_constant_and_no_teacher_need_no_confidence_and_stay():
     for fields in ({"temperature_rule": "constant"}, {"teachers": "none"}):
         criterion = criterion_for(temperature=2.0, **fields)

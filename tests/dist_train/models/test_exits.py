@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -138,6 +138,39 @@ def test_rows_can_leave_between_exits(network: nn.Module) -> None:
     torch.testing.assert_close(iteration.send(torch.tensor([2])), whole[2][[5]], rtol=1e-4, atol=1e-5)
 
 
+class Table(nn.Module):
+    """Four rows that belong to no image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self) -> Tensor:
+        return self.rows
+
+
+class WithTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.table, self.exit, self.end = nn.Conv2d(3, 8, 3), Table(), nn.Identity(), nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.table()
+        tokens = self.exit(self.stem(images).flatten(2).transpose(1, 2))
+        return cast(Tensor, self.end((tokens[:, :4] + rows).tanh().mean(1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [3, 4])
+def test_what_has_as_many_rows_as_there_are_images_is_no_row_per_image(images: int) -> None:
+    network = attach_exits(WithTable(), ["exit"], 10, image_size=16).eval()
+    batch = torch.randn(images, 3, 16, 16)
+    for rows in ([1], [0, 2]):
+        iteration = network.iter_exits(batch)
+        next(iteration)
+        torch.testing.assert_close(iteration.send(torch.tensor(rows)), network(batch)[1][rows])
+
+
 @torch.no_grad()
 def test_passes_do_not_disturb_each_other(network: nn.Module) -> None:
     a, b = torch.randn(2, 3, 32, 32), torch.randn(4, 3, 32, 32)
@@ -240,6 +273,7 @@ def test_network_of_ones_own_by_configuration() -> None:
     for name, said in (
         ("no_such_module:f", "cannot be found"),
         ("torch:no_such", "cannot be found"),
+        (".mine:net", "cannot be found"),
         ("torch:float32", "cannot be called with the number of classes"),
         ("shards.sources:digits", "cannot be called with the number of classes"),
         ("numpy:sqrt", "cannot be called|a float"),

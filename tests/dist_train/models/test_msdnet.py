@@ -281,6 +281,19 @@ def test_recompute_changes_neither_gradients_nor_statistics(shape: str) -> None:
     assert all(norm.momentum == 0.1 for norm in again.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
+def test_what_is_computed_again_may_be_so_several_times() -> None:
+    """As one backward pass per exit needs it: rules for the gradients of exits."""
+    plain, again = small("lua", **SHAPES["max"]), small("lua", activation_checkpointing=True, **SHAPES["max"])
+    images = images_for(plain)
+    for network in (plain, again):
+        for logits in network(images):
+            logits.square().sum().backward(retain_graph=True)
+    for expected, parameter in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+    for expected, buffer in zip(plain.buffers(), again.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
+
+
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_compiled_is_the_same(activation_checkpointing: bool) -> None:
     plain = small(
