@@ -54,7 +54,9 @@ def exit_parts(model: nn.Module) -> dict[str, str]:
     ends = [
         name
         for name, module in backbone.named_modules()
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and len(weight) == classes
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.dim() > 1  # a norm of as many channels is no classifier
+        and len(weight) == classes
     ]
     return parts | ({f"network.{ends[-1]}": LAST_EXIT} if ends else {})
 

@@ -115,7 +115,7 @@ def fastest(network: MultiExitNetwork, images: Tensor, precisions: Sequence[str]
 
 
 def exit_within(timing: Timing, deadline_ms: float) -> int:
-    """The last exit, from 1, that three of four batches reach within a deadline in milliseconds.
+    """The last exit, from 1, whose median time and half of the distance between its quartiles fit into a deadline in milliseconds.
 
     Raises:
         ConfigError: there is none, or the deadline is no number above 0.

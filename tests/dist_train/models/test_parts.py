@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from dist_train.config_file import make_config
 from dist_train.errors import CheckpointError, ConfigError
@@ -26,6 +27,22 @@ def test_parts_of_exits() -> None:
     assert parts(5) == {"heads.0": EARLY_EXITS, "network.head.2": LAST_EXIT}
     assert parts(9) == {"heads.0": EARLY_EXITS, "heads.1": LAST_EXIT}
     assert exit_parts(MSDNet(5, exits=2)) == {"heads.0": EARLY_EXITS, "heads.1": LAST_EXIT}
+
+
+class EndsWithANorm(nn.Module):
+    """Defined in another order than it runs in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc, self.norm = nn.Conv2d(3, 5, 3), nn.Linear(5, 5), nn.BatchNorm2d(5)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.fc(self.norm(self.stem(images)).mean((2, 3)))
+
+
+def test_a_norm_with_a_channel_per_class_is_no_classifier() -> None:
+    network = attach_exits(EndsWithANorm(), ["stem"], 5, image_size=16)
+    assert exit_parts(network) == {"heads.0": EARLY_EXITS, "network.fc": LAST_EXIT}
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
