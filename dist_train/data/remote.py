@@ -186,14 +186,20 @@ class ShardCache:
                 )
             except (FileNotFoundError, PermissionError) as error:  # the index names it
                 raise StorageError(f"{error}; {_WHEN_IT_IS_BACK}") from None
-            os.replace(draft, target)
+            # Who makes room would else count it neither among the drafts nor among the shards, or in both.
+            with self._room():
+                os.replace(draft, target)
         finally:
             draft.unlink(missing_ok=True)
+
+    def _room(self) -> contextlib.AbstractContextManager[bool]:
+        """Hold what is counted as it is."""
+        return _lock(self._folder.parent / ".room.lock")
 
     def _make_room(self, wanted: int, draft: Path) -> None:
         """Remove what was not used for longest until there is room for the draft, which is begun."""
         root = self._folder.parent
-        with _lock(root / ".room.lock"):
+        with self._room():
             kept = []
             for path in root.glob("*/*.tar"):
                 with contextlib.suppress(FileNotFoundError):
