@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test` (`make test-quick` leaves out the slow tests).  Both first make .venv and install the project, where that has not happened.
+# Two commands: `make demo` and `make test` (`make test-quick` leaves out the slow tests, `make test-all` adds those that take minutes each).  Both first make .venv and install the project, where that has not happened.
 
 PYTHON ?= python3
 # A pip requirement, for instance TORCH="torch==2.13.0" TORCH_INDEX=https://download.pytorch.org/whl/cu130
@@ -13,7 +13,7 @@ DEMO_PROCESSES := $(if $(shell command -v nvidia-smi),,-n 2)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-quick test-gpu rehearse-gpu lint install clean
+.PHONY: demo test test-all test-quick test-gpu rehearse-gpu lint install clean
 
 demo: $(VENV)/installed
 	@test -e data/digits/train/index.json || $(BIN)/python -m shards make digits data/digits
@@ -23,10 +23,13 @@ demo: $(VENV)/installed
 JOBS ?= 2
 
 test: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not extended"
+
+test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-quick: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not slurm"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not slurm and not extended"
 
 # The first command on a machine with a GPU; prints a table for tests/benchmarks/RESULTS.md.
 test-gpu: $(VENV)/installed

@@ -94,13 +94,25 @@ SLOW_TESTS = (
 """Beginnings of the names of single slow tests."""
 
 
+EXTENDED = (
+    "tests/launch/test_campaign.py",
+    "tests/launch/test_one_run.py::test_ranks_whose_launcher_is_killed_save_and_end[deepspeed]",
+    "tests/launch/test_study.py::test_a_killed_study_goes_on_and_trains_no_finished_cell_again",
+    "tests/dist_train/training/test_cifar.py",
+    "tests/dist_train/training/test_variants.py",
+)
+"""Beginnings of the names of tests that take minutes, and that state again, at random or in the large, what others state."""
+
+
 def pytest_collection_modifyitems(items):
-    """Mark tests as `slow` or `slurm`, in one place: what is slow is a question of the whole suite, not of a file."""
+    """Mark tests as `slow`, `extended` or `slurm`, in one place: what is slow is a question of the whole suite, not of a file."""
     for item in items:
         file = item.path.relative_to(ROOT).as_posix() if item.path.is_relative_to(ROOT) else ""
         whole = file in SLOW and item.originalname not in SLOW[file]
         if whole or f"{file}::{item.name}".startswith(SLOW_TESTS):
             item.add_marker("slow")
+        if f"{file}::{item.name}".startswith(EXTENDED):
+            item.add_marker("extended")
         slurm = file.startswith("tests/launch/test_slurm")
         if slurm:
             item.add_marker("slurm")
