@@ -144,7 +144,7 @@ def test_budgets_out_of_range_are_said_and_clamped_only_when_asked():
     assert budget.check_budgets([0, 9e6], costs, "multiply_adds", clamp=True) == [1e6, 3e6]
     with pytest.raises(
         ConfigError,
-        match="budget 999999.6 multiply_adds is below the first exit's 1000000; allowed is 1000000 to 3000000",
+        match=r"budget 999999\.6 multiply_adds is below the first exit's 1000000; allowed is 1000000 to 3000000",
     ):
         budget.check_budgets([999_999.6], costs, "multiply_adds", clamp=False)
     with pytest.raises(ConfigError, match="above the last exit's 3000000"):
