@@ -26,7 +26,7 @@ class Slow(nn.Module):
             time.sleep(float(os.environ.get("SLOW", "0")))
             if dist.is_initialized() and dist.get_rank() == 1 and Path(os.environ.get("DIE", "/nowhere")).exists():
                 os.kill(os.getpid(), signal.SIGKILL)
-        elif "EVALUATING" in os.environ and len(images) > 2:  # with fewer, the network is measured
+        elif "EVALUATING" in os.environ and len(images) > 3:  # with fewer, the network is measured
             Path(os.environ["EVALUATING"]).touch()
             time.sleep(float(os.environ["SLOW_EVALUATION"]))
         return self.head(self.body(images).relu().mean((2, 3)))
