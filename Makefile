@@ -29,7 +29,7 @@ test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-quick: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not slurm and not extended"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not slurm"
 
 # The first command on a machine with a GPU; prints a table for tests/benchmarks/RESULTS.md.
 test-gpu: $(VENV)/installed

@@ -17,7 +17,7 @@ from dist_train.errors import DataError
 from dist_train.files import write_whole
 from dist_train.render.figure import to_png
 from dist_train.render.page import bullets, page, paragraph, picture
-from dist_train.tracking.mlflow import open_store
+from dist_train.tracking.mlflow import open_store, reason
 
 
 def text(comparison: Comparison) -> str:
@@ -146,8 +146,7 @@ def publish(
             uri = track(comparison, files, command, parent)
         # The files are written by now: a store that is away must not turn the comparison into a failure.
         except Exception as error:  # whatever MLflow raises
-            said = " ".join(str(error).split())
-            print(f"dist-train: the comparison is not in MLflow: {said}", file=sys.stderr)
+            print(f"dist-train: the comparison is not in MLflow: {reason(error)}", file=sys.stderr)
         else:
             if uri:
                 print(f"in MLflow {uri}")

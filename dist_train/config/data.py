@@ -102,9 +102,14 @@ class DataConfig(Section):
     @property
     def training_locations(self) -> list[Path | str]:
         """Folders or URL of what is trained on."""
+        return [data.location(split) for data, split in self.training_splits]
+
+    @property
+    def training_splits(self) -> list[tuple[DataConfig, str]]:
+        """What is trained on: of a mixture for every part these settings with its own shards, and its split."""
         if isinstance(self.train, str):
-            return [self.location(self.train)]
-        return [part.shards / part.split for part in self.train]
+            return [(self, self.train)]
+        return [(self.model_copy(update={"shards": part.shards}), part.split) for part in self.train]
 
     @property
     def train_name(self) -> str:

@@ -43,13 +43,10 @@ def open_training(data: DataConfig, classes: Sequence[str], kept: Mapping[str, S
     Raises:
         ConfigError, DataError: as :func:`open_split` and :func:`shards.mixture.mix`.
     """
+    indices = [open_split(part, split, kept) for part, split in data.training_splits]
     if isinstance(data.train, str):
-        return open_split(data, data.train, kept)
-    parts = []
-    for part in data.train:
-        index = open_split(data.model_copy(update={"shards": part.shards}), part.split, kept)
-        parts.append(Part(index, part.weight, part.where))
-    return mix(parts, classes)
+        return indices[0]
+    return mix([Part(index, part.weight, part.where) for index, part in zip(indices, data.train)], classes)
 
 
 class KeptQuarantine:

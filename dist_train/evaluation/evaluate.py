@@ -150,11 +150,11 @@ def _check_calibration(
         raise DataError(f"budgets, guarantees and --shift need calibration images; {fitting.notes[0]}")
     if request is not None:
         check_targets(request.targets, request.delta)
-    if request is not None and fitting.fingerprint == fingerprint:  # whatever their split is called
-        raise DataError(
-            f"{fitting.name} has the images that the network was trained on (fingerprint {fingerprint[:12]}), which say nothing "
-            "about new ones; give another --calibration"
-        )
+        if fitting.fingerprint == fingerprint:  # whatever their split is called
+            raise DataError(
+                f"{fitting.name} has the images that the network was trained on (fingerprint {fingerprint[:12]}), which say "
+                "nothing about new ones; give another --calibration"
+            )
     fitting.notes.extend(_trained_on(fitting, tested, trained, refuse=request is not None))
 
 
@@ -163,14 +163,9 @@ def _trained_on(fitting: _Calibration, tested: Index, trained: DataConfig, refus
 
     Shards made anew, of a part or of more, have another fingerprint.
     """
-    index = fitting.index or tested
-    parts: list[tuple[DataConfig, str]] = (
-        [(trained, trained.train)]
-        if isinstance(trained.train, str)
-        else [(trained.model_copy(update={"shards": part.shards}), part.split) for part in trained.train]
-    )
+    index = tested if fitting.index is None else fitting.index
     seen: set[int] = set()
-    for data, split in parts:
+    for data, split in trained.training_splits:
         try:
             seen |= set(copies(index, fitting.ids, open_index(data, split)).tolist())
         except UserError as error:

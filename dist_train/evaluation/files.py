@@ -139,7 +139,8 @@ def log_to_run(report: Report, files: Sequence[Path], out: str | Path | None = N
     html = next(file for file in files if file.suffix == ".html")
     lines = ["", f"report     {html}"]
     state = SyncState(report.folder)
-    uri, run_id = state.read().get("uri"), state.read().get("run_id")
+    known = state.read()
+    uri, run_id = known.get("uri"), known.get("run_id")
     if uri is None or run_id is None or out is not None:
         return lines
     if not state.belongs_to(report.folder):

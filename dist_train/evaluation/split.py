@@ -37,14 +37,8 @@ def check_disjoint(calibration: Index, test: Index, names: tuple[str, str]) -> N
     Raises:
         DataError: names the first of them.
     """
-    common = np.intersect1d(calibration.size, test.size)
-    digests = {digest for _, digest in _digests(test, np.flatnonzero(np.isin(test.size, common)))}
-    same = [
-        sample
-        for sample, digest in _digests(calibration, np.flatnonzero(np.isin(calibration.size, common)))
-        if digest in digests
-    ]
-    if same:
+    same = _found_in(calibration, np.arange(len(calibration)), test, np.arange(len(test)))
+    if len(same):
         key = calibration.key[same[0]].decode()
         raise DataError(
             f"{len(same)} images of {names[0]} are in {names[1]} as well (the first is {key}); thresholds must not be "
@@ -55,18 +49,21 @@ def check_disjoint(calibration: Index, test: Index, names: tuple[str, str]) -> N
 def copies(index: Index, ids: Ids, other: Index) -> Ids:
     """Those of ``ids`` that are in ``other`` as well, byte for byte and under the same name, as parts of one data set are."""
     named = ids[np.isin(index.key[ids], other.key)]
-    there = np.isin(other.key, index.key[named]) & np.isin(other.size, index.size[named])
-    digests = {digest for _, digest in _digests(other, np.flatnonzero(there))}
-    return np.array([sample for sample, digest in _digests(index, named) if digest in digests], dtype=np.int64)
+    return _found_in(index, named, other, np.flatnonzero(np.isin(other.key, index.key[named])))
 
 
 def without_copies(index: Index, ids: Ids) -> Ids:
     """Those of ``ids`` of which the rest of the split has no copy, byte for byte."""
     rest = np.setdiff1d(np.arange(len(index)), ids)
-    common = np.intersect1d(index.size[ids], index.size[rest])
-    digests = {digest for _, digest in _digests(index, rest[np.isin(index.size[rest], common)])}
-    same = [s for s, digest in _digests(index, ids[np.isin(index.size[ids], common)]) if digest in digests]
-    return ids[~np.isin(ids, same)]
+    return np.setdiff1d(ids, _found_in(index, ids, index, rest))
+
+
+def _found_in(index: Index, ids: Ids, other: Index, others: Ids) -> Ids:
+    """Those of ``ids`` that are, byte for byte, among ``others`` of the other index; only what has a size of theirs is read."""
+    common = np.intersect1d(index.size[ids], other.size[others])
+    digests = {digest for _, digest in _digests(other, others[np.isin(other.size[others], common)])}
+    candidates = ids[np.isin(index.size[ids], common)]
+    return np.array([sample for sample, digest in _digests(index, candidates) if digest in digests], dtype=np.int64)
 
 
 def _digests(index: Index, samples: Ids) -> Iterable[tuple[int, bytes]]:

@@ -38,9 +38,9 @@ log = logging.getLogger("dist_train")
 
 
 KEY = "dist_train.key"
+"""Tag with a run folder's own key, by which its MLflow run is found again if the answer to its creation was lost."""
 CHANGED = "changed."
 """Begins the tags of fields that a later start has changed: MLflow's parameters are for ever."""
-"""Tag with a run folder's own key, by which its MLflow run is found again if the answer to its creation was lost."""
 
 BYTES_PER_READ = 1 << 20
 
