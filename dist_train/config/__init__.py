@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from dist_train.config.base import Natural, NotNegative, Positive, Section, Seed, Unit, UserPath
 from dist_train.config.data import DataConfig
-from dist_train.config.loss import LossConfig
+from dist_train.config.loss import AVERAGED, LossConfig
 from dist_train.config.model import (
     NETWORKS,
     AttachedConfig,
@@ -32,6 +32,7 @@ from dist_train.config.slurm import SlurmConfig
 from dist_train.errors import ConfigError
 
 __all__ = [
+    "AVERAGED",
     "NETWORKS",
     "AttachedConfig",
     "CheckpointConfig",
@@ -94,6 +95,11 @@ class Config(Section):
             raise ValueError(
                 f"model.first_epochs is {self.model.first_epochs}, but train.epochs is {self.train.epochs}, which counts both "
                 "stages; raise train.epochs, or lower model.first_epochs"
+            )
+        if AVERAGED in self.loss.outside_teachers and self.optim.ema_decay is None:
+            raise ValueError(
+                "loss.outside_teachers has averaged, which is the moving average of the weights, and optim.ema_decay is not set; "
+                "set it, such as 0.999"
             )
         if self.optim.exit_gradients == "pcgrad":
             # Several backward passes are silently wrong at ZeRO 1 and 2, and a compiled network has one alone.

@@ -51,10 +51,10 @@ def _takes_bool(kind: Any) -> bool:
 
 def path_or_url(given: Any) -> Any:
     """A path, expanded, or a URL as it is."""
-    return _expanded(given) if isinstance(given, str) and "://" not in given else given
+    return expanded(given) if isinstance(given, str) and "://" not in given else given
 
 
-def _expanded(given: Any) -> Any:
+def expanded(given: Any) -> Any:
     """A path with ``~`` and variables such as ``$HOME`` filled in; one that is not set is an error, and not a folder's name."""
     if not isinstance(given, str | Path) or not str(given):
         return given
@@ -64,5 +64,5 @@ def _expanded(given: Any) -> Any:
     return Path(text).expanduser()
 
 
-UserPath = Annotated[Path, BeforeValidator(_expanded)]
+UserPath = Annotated[Path, BeforeValidator(expanded)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]

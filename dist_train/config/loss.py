@@ -12,7 +12,10 @@ from pydantic import (
     model_validator,
 )
 
-from dist_train.config.base import Natural, Section, Unit
+from dist_train.config.base import Natural, NotNegative, Section, Unit, expanded
+
+AVERAGED = "averaged"
+"""The outside teacher that is the moving average of the network's own weights."""
 
 
 class LossConfig(Section):
@@ -28,6 +31,10 @@ class LossConfig(Section):
         "last"
     )
     """Teachers of an exit: last, next, all later ones, the ensemble of all, the best, all better later ones, none, or a matrix."""
+    outside_teachers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Further teachers of all exits, by their last exit: averaged (the moving average of this network's weights, see optim.ema_decay), a run folder or checkpoint, timm/NAME, torchvision/NAME or transformers/MODEL with the library's weights, or module:function, your own f(num_classes)."""
+    outside_share: Unit = 0.5
+    """Share of the outside teachers in what teaches an exit that has teachers in the network too; other exits learn from the outside ones alone."""
     alpha: Unit = 0.5
     """Weight of distillation against labels, 0 to 1."""
     label_weights: float | tuple[float, ...] = 1.0
@@ -38,8 +45,10 @@ class LossConfig(Section):
     """Factor of the whole loss."""
     reduction: Literal["mean", "sum"] = "mean"
     """Whether the terms of the exits are averaged or summed."""
-    distill_loss: Literal["cross_entropy", "kl"] = "cross_entropy"
-    """Distillation loss: cross_entropy to the teacher, or kl, which is 0 at agreement; the gradient is the same."""
+    distill_loss: Literal["cross_entropy", "kl", "dkd"] = "cross_entropy"
+    """Distillation loss: cross_entropy to the teacher; kl, which is 0 at agreement and has the same gradient; or dkd, decoupled: the label's class and the other classes apart."""
+    dkd_weights: tuple[NotNegative, NotNegative] = (1.0, 8.0)
+    """Weights of dkd: of the label's class against all others together, and of the other classes among themselves."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of a label's mass that is spread over all classes."""
     temperature: float | tuple[float, ...] = 1.0
@@ -61,6 +70,13 @@ class LossConfig(Section):
         if isinstance(given, dict) and given.get("preset") == "authors":
             return {"weight": 10.0, **given}
         return given
+
+    @field_validator("outside_teachers", mode="after")
+    @classmethod
+    def _expand_paths(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(given)) < len(given):
+            raise ValueError(f"holds {', '.join(given)}; name each teacher once")
+        return tuple(str(expanded(name)) for name in given)
 
     @field_validator("teachers", "label_weights", "distill_weights", "temperature", mode="before")
     @classmethod

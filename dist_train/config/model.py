@@ -25,6 +25,8 @@ class NetworkConfig(Section):
     """What trains. joint: everything; disjoint: the network by its last exit, then the other exits on it; mixed: the network by its last exit, then everything; heads_only: the exits on a pretrained network; heads_first: the same, then everything."""
     first_epochs: Natural = 0
     """Epochs of the first stage of disjoint, mixed and heads_first; the learning rate's schedule runs once in every stage."""
+    ensemble: Literal["geometric", "arithmetic", "product", "boosted"] | None = None
+    """What an exit predicts by: itself (null), or together with all exits before it: the mean of their logits (geometric), the mean of their probabilities (arithmetic), the sum of their logits (product), or the same with the earlier ones as constants (boosted)."""
 
     @field_validator("pretrained", mode="before")
     @classmethod
@@ -41,6 +43,11 @@ class NetworkConfig(Section):
             raise ValueError(
                 f"regime is {self.regime} and first_epochs is {self.first_epochs}; {self.regime} needs "
                 + ("1 or more" if staged else "none")
+            )
+        if self.ensemble and self.regime in ("disjoint", "mixed"):
+            raise ValueError(
+                f"ensemble is {self.ensemble} and regime {self.regime}, whose first stage trains the last exit alone; use "
+                "another regime, or leave ensemble out"
             )
         if self.regime in ("heads_only", "heads_first") and not self.pretrained:
             raise ValueError(

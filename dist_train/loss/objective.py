@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from dist_train.config import LossConfig
 from dist_train.errors import ConfigError, DataError
+from dist_train.loss.decoupled import decoupled_loss
 from dist_train.loss.inputs import ExitWeights, LossOptions, Targets
 from dist_train.loss.operator import exit_loss
 from dist_train.loss.statistics import ExitStats
-from dist_train.loss.teachers import last_teacher_mixture, teacher_matrix
+from dist_train.loss.teachers import last_teacher_mixture, teacher_matrix, with_outside
 
 MAX_EXITS = 16
 TEMPERATURES = (1e-3, 1e3)
@@ -56,7 +58,7 @@ class ExitDistillation(nn.Module):
     with p the softmax of an exit's logits, q their softmax at the exit's temperature T, D the cross-entropy or the
     Kullback-Leibler divergence, and W the teacher matrix; what teaches is a constant.  With the reduction ``sum`` the mean
     over exits is a sum.  The paper's objective (section 3) is alpha 1/2, weight 2, W_mt = 1/|T(m)| for the teachers T(m)
-    of exit m.
+    of exit m.  With ``outside_teachers``, T(m) has these as well.  For the form ``dkd`` of D see :mod:`dist_train.loss.decoupled`.
 
     :meth:`use_last_exit_alone` is for the stage of a regime in which the other exits do not train.
 
@@ -78,21 +80,29 @@ class ExitDistillation(nn.Module):
 
     def __init__(self, config: LossConfig, num_exits: int) -> None:
         super().__init__()
-        if not 1 <= num_exits <= MAX_EXITS:
-            raise ConfigError(f"the network has {num_exits} exits; the loss takes 1 to {MAX_EXITS}")
+        outside = len(config.outside_teachers)
+        if not 1 <= num_exits <= MAX_EXITS - outside:
+            others = f" beside {outside} outside teachers" if outside else ""
+            raise ConfigError(f"the network has {num_exits} exits; the loss takes 1 to {MAX_EXITS - outside}{others}")
         self.config = config
         self.num_exits = num_exits
+        self.num_outside = outside
         weight = config.weight / (num_exits if config.reduction == "mean" else 1)
-        matrix = teacher_matrix(config.teachers, num_exits, torch.zeros(num_exits))
+        matrix = self._teachers(torch.zeros(num_exits))
         initial = _per_exit("temperature", config.temperature, num_exits)
         constants = {
-            "label_weights": weight * (1 - config.alpha) * _per_exit("label_weights", config.label_weights, num_exits),
-            "distill_weights": weight * config.alpha * _per_exit("distill_weights", config.distill_weights, num_exits),
+            # To the operator outside teachers are further exits, which learn nothing.
+            "label_weights": pad(
+                weight * (1 - config.alpha) * _per_exit("label_weights", config.label_weights, num_exits), (0, outside)
+            ),
+            "distill_weights": pad(
+                weight * config.alpha * _per_exit("distill_weights", config.distill_weights, num_exits), (0, outside)
+            ),
             "teachers": matrix,
             "confidence_weights": last_teacher_mixture(matrix),
             "initial_temperature": initial,
             "schedule": torch.tensor(config.temperature_schedule or [(0, 1.0)]),
-            "last_exit": torch.eye(num_exits)[-1],
+            "last_exit": pad(torch.eye(num_exits)[-1], (0, outside)),
         }
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -113,7 +123,8 @@ class ExitDistillation(nn.Module):
     @property
     def needs_confidence(self) -> bool:
         """Whether :meth:`end_batch` looks at the confidence, which then has to be reduced over passes and ranks."""
-        anneals = self.config.temperature_rule == "anneal" and self.config.teachers != "none"
+        taught = self.config.teachers != "none" or self.num_outside > 0
+        anneals = self.config.temperature_rule == "anneal" and taught
         return anneals and not self._last_exit_alone
 
     def use_last_exit_alone(self, alone: bool = True) -> None:
@@ -128,6 +139,7 @@ class ExitDistillation(nn.Module):
         labeled: float | Tensor | None = None,
         passes: int = 1,
         weights: Tensor | None = None,
+        outside: Sequence[Tensor] = (),
     ) -> ExitLoss:
         """Loss and statistics of one micro batch; waits for nothing on the device.
 
@@ -145,41 +157,66 @@ class ExitDistillation(nn.Module):
             passes: what the loss is divided by, so that the gradients of so many passes add up to their mean.  To divide
                 the loss afterwards would have its gradient written twice.
             weights: [N] weight of each sample's loss, at least 0 (default: 1).  Of the statistics, only ``kl`` uses it.
+            outside: logits [N, K] of the outside teachers, in the order of the configuration and the dtype of ``logits``.  Without
+                gradient they can be left out; loss and divergences are then those of the exits alone.
 
         Raises:
             DataError: shapes, dtypes or values that do not fit.
         """
         first, second, share = targets if isinstance(targets, LabelMix) else (targets, None, None)
         self._check(logits, first, second, share, weights)
-        label_count = _label_count(labeled, first, second)
+        self._check_outside(outside, logits[0])
         given = Targets(first, second, share, weights)
+        options = self._options(with_grad=torch.is_grad_enabled() and any(z.requires_grad for z in logits))
+        logits = [*logits, *outside]
+        exits = self._exit_weights(_label_count(labeled, first, second), passes, len(logits))
+        if self.config.teachers in ("best", "better"):
+            with torch.no_grad():
+                _, vector, _ = exit_loss(logits, given, exits, options._replace(with_grad=False))
+                losses = ExitStats(vector, len(logits)).label_loss[: self.num_exits]
+                matrix = self._teachers(losses)[: len(logits), : len(logits)]
+                exits = exits._replace(teachers=matrix, confidence_weights=last_teacher_mixture(matrix))
+        apart: Tensor | None = None
+        if self.config.distill_loss == "dkd":
+            apart = decoupled_loss(logits, given, exits, options.rule, self.config.dkd_weights)
+            # The statistics still have the whole divergence.
+            exits = exits._replace(distill_weights=exits.distill_weights * 0)
+        loss, vector, _ = exit_loss(logits, given, exits, options)
+        stats = ExitStats(vector.detach(), len(logits)).of_exits(self.num_exits)
+        return ExitLoss(loss if apart is None else loss + apart, stats)
+
+    def _teachers(self, label_loss: Tensor) -> Tensor:
+        """The teacher matrix, of the exits and the outside teachers; see :func:`teacher_matrix` for ``label_loss`` [M]."""
+        matrix = teacher_matrix(self.config.teachers, self.num_exits, label_loss)
+        return with_outside(matrix, self.num_outside, self.config.outside_share) if self.num_outside else matrix
+
+    def _exit_weights(self, label_count: Tensor, passes: int, rows: int) -> ExitWeights:
+        """What weighs the terms of the rows of logits: the exits, or these and the outside teachers."""
         alone = self._last_exit_alone
         label_weights = self.last_exit if alone else self.label_weights
         distill_weights = self.distill_weights * 0 if alone else self.distill_weights
         if passes > 1:
             label_weights, distill_weights = label_weights / passes, distill_weights / passes
+        temperature = self.temperature
         exits = ExitWeights(
-            label_weights,
-            distill_weights,
-            self.teachers,
-            self.confidence_weights,
-            self.temperature,
-            label_count,
+            label_weights, distill_weights, self.teachers, self.confidence_weights, temperature, label_count
         )
-        options = self._options(with_grad=torch.is_grad_enabled() and any(z.requires_grad for z in logits))
-        if self.config.teachers in ("best", "better"):
-            with torch.no_grad():
-                _, vector, _ = exit_loss(logits, given, exits, options._replace(with_grad=False))
-                losses = ExitStats(vector, self.num_exits).label_loss
-                matrix = teacher_matrix(self.config.teachers, self.num_exits, losses)
-                exits = exits._replace(teachers=matrix, confidence_weights=last_teacher_mixture(matrix))
-        loss, vector, _ = exit_loss(logits, given, exits, options)
-        return ExitLoss(loss, ExitStats(vector.detach(), self.num_exits))
+        if not self.num_outside:
+            return exits
+        # The softmax of outside teachers is taken at the temperature of the last exit.
+        return exits._replace(
+            label_weights=label_weights[:rows],
+            distill_weights=distill_weights[:rows],
+            teachers=self.teachers[:rows, :rows].contiguous(),
+            confidence_weights=self.confidence_weights[:rows],
+            temperature=torch.cat([temperature, temperature[-1:].expand(self.num_outside)])[:rows],
+        )
 
     def _options(self, with_grad: bool) -> LossOptions:
         teachers = self.config.teachers
         # Which teachers these hold is not known before the matrix is read.
-        rule = teachers if isinstance(teachers, str) and teachers not in ("best", "better") else "matrix"
+        known = isinstance(teachers, str) and teachers not in ("best", "better") and not self.num_outside
+        rule = str(teachers) if known else "matrix"
         return LossOptions(rule, self.config.label_smoothing, self.config.distill_loss == "cross_entropy", with_grad)
 
     @torch.no_grad()
@@ -254,6 +291,13 @@ class ExitDistillation(nn.Module):
                 raise DataError(
                     f"{name} is {_describe(tensor)}; for these logits it must be {list(shape)} in {kind} on {z.device}"
                 )
+
+    def _check_outside(self, outside: Sequence[Tensor], z: Tensor) -> None:
+        if len(outside) != self.num_outside and (outside or torch.is_grad_enabled()):
+            raise DataError(f"outside has {len(outside)} tensors; this loss has {self.num_outside} outside teachers")
+        for number, other in enumerate(outside):
+            if (other.shape, other.dtype, other.device) != (z.shape, z.dtype, z.device):
+                raise DataError(f"outside[{number}] is {_describe(other)}, logits[0] {_describe(z)}; all must agree")
 
 
 def _label_count(given: float | Tensor | None, first: Tensor, second: Tensor | None) -> Tensor:

@@ -31,6 +31,13 @@ class ExitStats:
         """Sums over no sample."""
         return cls(torch.zeros(cls.size(num_exits), device=device), num_exits)
 
+    def of_exits(self, num_exits: int) -> ExitStats:
+        """The statistics of the first exits alone."""
+        if num_exits == self.num_exits:
+            return self
+        rows = [self._row(row)[:num_exits] for row in range(4)]
+        return ExitStats(torch.cat([*rows, self.vector[-5:]]), num_exits)
+
     @property
     def label_loss(self) -> Tensor:
         """[M] cross-entropy of each exit to the labels, temperature 1, without smoothing or weights; over labeled samples."""

@@ -44,6 +44,26 @@ def teacher_matrix(teachers: str | Sequence[Sequence[float]], num_exits: int, la
     return chosen / chosen.sum(1, keepdim=True).clamp(min=1)
 
 
+def with_outside(matrix: Tensor, outside: int, share: float) -> Tensor:
+    """The teacher matrix [M + O, M + O] of M exits and as many outside teachers, which follow the exits and learn nothing.
+
+    Args:
+        matrix: [M, M], of the exits alone.
+        outside: O.
+        share: of the outside teachers, 0 to 1, in what an exit learns that has other teachers; they share it evenly, and are all
+            that teaches an exit without others.
+    """
+    exits = len(matrix)
+    inside = matrix.sum(1, keepdim=True)
+    own = torch.where(inside > 0, 1 - share, 0.0)
+    # An explicit matrix has rows of other sums; the share is one of them.
+    weight = (1 - own) * torch.where(inside > 0, inside, 1.0) / outside
+    whole = matrix.new_zeros(exits + outside, exits + outside)
+    whole[:exits, :exits] = own * matrix
+    whole[:exits, exits:] = weight
+    return whole
+
+
 def _explicit_matrix(rows: Sequence[Sequence[float]], num_exits: int) -> Tensor:
     shape = [len(row) for row in rows]
     if shape != [num_exits] * num_exits:

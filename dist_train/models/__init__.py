@@ -19,7 +19,16 @@ from dist_train.models.network import MultiExitNetwork
 from dist_train.models.resnet import ResNet
 from dist_train.models.weights import load_backbone, read_weights
 
-__all__ = ["AttachedExits", "MSDNet", "MultiExitNetwork", "ResNet", "attach_exits", "build_model", "load_pretrained"]
+__all__ = [
+    "AttachedExits",
+    "MSDNet",
+    "MultiExitNetwork",
+    "ResNet",
+    "attach_exits",
+    "build_model",
+    "load_pretrained",
+    "network_of_library",
+]
 
 LARGE_IMAGES = 96
 """From this image size on, in pixels, MSDNet's stem is the one for large images."""
@@ -37,13 +46,15 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> Multi
         ConfigError: values that do not fit together, or an image size that the network cannot take.
     """
     try:
-        return _build(config, num_classes, image_size)
+        network = _build(config, num_classes, image_size)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         raise ConfigError(
             f"the network {config.name} does not fit into this machine's memory; choose fewer or narrower layers"
         ) from None
+    network.ensemble = config.ensemble
+    return network
 
 
 def _build(config: ModelConfig, num_classes: int, image_size: int) -> MultiExitNetwork:
@@ -92,6 +103,25 @@ def load_pretrained(model: MultiExitNetwork, config: ModelConfig) -> None:
         load_backbone(model, library_weights(config.name, config.options), config.name)
     elif config.pretrained:
         load_backbone(model, read_weights(config.pretrained), str(config.pretrained))
+
+
+def network_of_library(name: str, num_classes: int, image_size: int) -> nn.Module:
+    """A trained network without exits: ``LIBRARY/NAME`` with the library's weights, or ``module:function`` as it comes.
+
+    Raises:
+        ConfigError: it cannot be found or built, or its weights are of another number of classes.
+    """
+    if ":" in name:
+        return _call_by_name(name, num_classes, {})
+    network = build_named(name, num_classes, image_size, {})
+    try:
+        network.load_state_dict(library_weights(name, {}))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{name}: its weights do not fit {num_classes} classes ({str(error).splitlines()[-1].strip()[:200]}); give a "
+            "network of the same classes, or a run that was trained on them"
+        ) from None
+    return network
 
 
 def _call_by_name(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:

@@ -49,7 +49,8 @@ def exit_costs(
     with _counting(network), counter:
         if lazy:
             return [counter.cost() for _ in network.iter_exits(images)]
-        return [counter.cost_of(logits) for logits in network(images)]
+        # An ensemble adds up what they give, which multiplies nothing.
+        return [counter.cost_of(logits) for logits in network.exit_logits(images)]
 
 
 def cost_columns(network: MultiExitNetwork, image_size: int) -> dict[str, list[float]]:

@@ -81,20 +81,19 @@ class AttachedExits(MultiExitNetwork):
         for number, name in enumerate(at):
             network.get_submodule(name).register_forward_hook(partial(self._at_exit, number))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits of all exits, M tensors [N, K], for images [N, 3, H, W]."""
+    def exit_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the exits themselves give, M tensors [N, K], for images [N, 3, H, W]."""
         logits: list[Tensor] = []
         self._logits = logits
         output = self.network(images)
         self._logits = None
         return (*logits, self.heads[-1](_first_tensor(output)))
 
-    def iter_exits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
-        """Yield the logits [N, K] of exit after exit; no submodule after an exit runs before the next one is asked for.
+    def iter_exit_logits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
+        """The same exit after exit; no submodule after an exit runs before the next one is asked for.
 
         Going on runs the network's own ``forward`` again, with what its submodules gave before: none of them computes
-        twice, only operations between them do (an addition, a reshape). With ``exits.send(rows)``, a tensor of row
-        numbers, the iteration continues with these images only.
+        twice, only operations between them do (an addition, a reshape).
         """
         memory = _Memory(_outermost(self.network, self._at), self._shared)
         for number in range(self.num_exits):

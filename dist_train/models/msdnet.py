@@ -101,8 +101,8 @@ class MSDNet(MultiExitNetwork):
         if dialect != "msdnet_pytorch":
             _initialize(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits of all exits, M tensors [N, K], for images [N, 3, H, W]."""
+    def exit_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the exits themselves give, M tensors [N, K], for images [N, 3, H, W]."""
         self.check_image_size(*images.shape[-2:])
         features: Features = []
         for scale, layer in enumerate(self.stem):
@@ -114,12 +114,8 @@ class MSDNet(MultiExitNetwork):
             logits.append(head(features[-1]))
         return tuple(logits)
 
-    def iter_exits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
-        """Yield the logits [N, K] of exit after exit, the same that :meth:`forward` gives.
-
-        Before exit m nothing is computed that only later exits need, and nothing is computed twice. With
-        ``exits.send(rows)``, a tensor of row numbers, the iteration continues with these images only.
-        """
+    def iter_exit_logits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
+        """The same exit after exit, each scale no further than the exit needs it."""
         self.check_image_size(*images.shape[-2:])
         stages = [cast(nn.ModuleDict, stage) for block in self.blocks for stage in cast(nn.ModuleList, block)]
         features: Features = [None] * len(self.stem)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from dist_train.models.ensembles import Ensemble, add_exit
+
 if TYPE_CHECKING:
     from dist_train.models.stages import StagedNetwork
 
@@ -25,28 +27,53 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 class MultiExitNetwork(nn.Module):
-    """Base of networks with several exits.
+    """Base of networks with several exits, which give :meth:`exit_logits` and :meth:`iter_exit_logits`.
 
     Attributes:
         num_exits: exits M.
         num_classes: classes K.
         heads: what an exit puts on its features, one module per exit.
+        ensemble: how an exit predicts together with those before it; None: by itself.
     """
 
     num_exits: int
     num_classes: int
     heads: nn.ModuleList
+    ensemble: Ensemble | None = None
+
+    def exit_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the exits themselves give, M tensors [N, K], for images [N, 3, H, W]."""
+        raise NotImplementedError
+
+    def iter_exit_logits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
+        """The same exit after exit, as :meth:`iter_exits`."""
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits of all exits, M tensors [N, K], for images [N, 3, H, W]."""
-        raise NotImplementedError
+        logits = self.exit_logits(images)
+        if self.ensemble is None:
+            return logits
+        together, total = [], None
+        for number, own in enumerate(logits, start=1):
+            combined, total = add_exit(self.ensemble, number, own, total)
+            together.append(combined)
+        return tuple(together)
 
     def iter_exits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
-        """Yield the logits [N, K] of exit after exit, computing no further than is iterated.
+        """Yield the logits [N, K] of exit after exit, the same that :meth:`forward` gives.
 
-        ``send(rows)``, a tensor of row numbers, continues with these rows of the batch alone.
+        Before exit m nothing is computed that only later exits need, and nothing is computed twice.  With
+        ``exits.send(rows)``, a tensor of row numbers, the iteration continues with these images only.
         """
-        raise NotImplementedError
+        exits, rows, total = self.iter_exit_logits(images), None, None
+        for number in range(1, self.num_exits + 1):
+            logits = exits.send(rows)
+            if self.ensemble is not None:
+                logits, total = add_exit(self.ensemble, number, logits, total)
+            rows = yield logits
+            if rows is not None and total is not None:
+                total = total[rows]
 
     def staged(self, image_size: int) -> StagedNetwork:
         """The same network for inference, as one program per exit that can be run, exported and timed by itself.

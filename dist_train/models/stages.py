@@ -30,12 +30,12 @@ class StagedNetwork(MultiExitNetwork):
         self.num_exits = len(stages)
         self.num_classes = num_classes
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def exit_logits(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits of all exits, M tensors [N, K], for images [N, 3, S, S]."""
-        return tuple(self.iter_exits(images))
+        return tuple(self.iter_exit_logits(images))
 
-    def iter_exits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
-        """Yield the logits [N, K] of exit after exit; ``send(rows)`` continues with these rows alone."""
+    def iter_exit_logits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
+        """The same exit after exit."""
         handed_on: Sequence[Tensor] = (images,)
         for stage in self.stages:
             logits, *handed_on = stage(*handed_on)

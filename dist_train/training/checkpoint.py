@@ -74,6 +74,8 @@ class CheckpointMeta:
     averages_updates: int = 0
     loss_scale: tuple[float, int] | None = None
     """Of fp16: its value, and the updates that were applied in a row with it."""
+    teachers: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the weights of every outside teacher that is a run, by its name."""
     unreadable: dict[int, BadSample] = field(default_factory=dict)
     """Images of the training split that the run could not read so far, by id."""
     finished: bool = False

@@ -21,6 +21,7 @@ from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
 from dist_train.training.engine import Engine
 from dist_train.training.loss_scale import LossScale
 from dist_train.training.meter import Meter
+from dist_train.training.outside_teachers import teacher_fingerprints
 from dist_train.training.preflight import Preflight
 from dist_train.training.random_state import random_state, set_random_state
 from dist_train.training.resume import ResumePoint, val_changed
@@ -48,6 +49,7 @@ class Checkpointer:
         self.train, self.val = ready.train, ready.val
         self._unreadable: UnreadableImages | None = None
         self._restored: dict[int, BadSample] = {}
+        self._teachers = teacher_fingerprints(config) if group.ranks.rank == 0 else {}
         self._last_save = time.monotonic()
         self.failed_saves = 0
         """Checkpoints that could not be written since this start."""
@@ -181,6 +183,7 @@ class Checkpointer:
             loss={name: tensor.flatten().tolist() for name, tensor in self.criterion.state_dict().items()},
             averages_updates=averages.updates if averages else 0,
             loss_scale=astuple(self.engine.loss_scale) if self.engine.loss_scale else None,
+            teachers=self._teachers,
             unreadable=dict(sorted((self._unreadable or {}).items())),
             finished=finished,
         )

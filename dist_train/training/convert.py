@@ -1,4 +1,4 @@
-"""Converts a checkpoint file of a public MSDNet repository into a checkpoint folder."""
+"""Makes checkpoint folders of other networks: of a public MSDNet repository's file, or of a run whose exits are to predict together."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
-from dist_train.config import DataConfig
+from dist_train.config import Config, DataConfig
 from dist_train.config_file import make_config
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.models import interop
+from dist_train.models.ensembles import Ensemble
 from dist_train.models.msdnet import MSDNet
 from dist_train.models.weights import read_weights
 from dist_train.training import checkpoint
@@ -40,10 +42,7 @@ def convert(file: str | Path, output: str | Path, repository: str, arguments: st
         ConfigError: the configuration is incomplete, or out of range.
         CheckpointError: the file is not weights, or they do not fit the configuration; names the keys.
     """
-    output = Path(output)
-    # Never written over: it may be a run.
-    if output.exists():
-        raise ConfigError(f"{output}: exists already; give a new folder")
+    output = _new_folder(output)
     theirs = _read_arguments(Path(arguments))
     if repository == "msdnet_pytorch":
         classes, model = interop.msdnet_pytorch_arguments(theirs)
@@ -60,11 +59,44 @@ def convert(file: str | Path, output: str | Path, repository: str, arguments: st
     config = make_config(tree, *overrides)
     if config.model != make_config(tree).model:
         raise ConfigError(f"the network is what {arguments} says, which its weights fit; leave out --model")
+    return _write(output, config, _class_names(config.data, classes), network.state_dict())
+
+
+def as_ensemble(run: str | Path, output: str | Path, rule: Ensemble) -> Path:
+    """Write a copy of a trained network whose exits predict together with those before them; gives the path of ``output``.
+
+    Args:
+        run: run folder (its best checkpoint), a checkpoint, or a folder of weights; it stays as it is.
+        output: folder to make, which ``load_model``, eval, predict and export read.
+        rule: ``model.ensemble`` of the copy.
+
+    Raises:
+        ConfigError: ``output`` exists.
+        CheckpointError: no checkpoint, or it cannot be written.
+    """
+    output = _new_folder(output)
+    path = checkpoint.find(run)
+    network = checkpoint.load_model(path)
+    meta, config = checkpoint.read_meta(path)
+    # The regime says how a network is trained, and not all of them train ensembles.
+    model = config.model.model_copy(update={"ensemble": rule, "regime": "joint", "first_epochs": 0})
+    config = config.model_copy(update={"name": output.name, "runs": output.parent, "model": model})
+    return _write(output, config, meta.classes, network.state_dict())
+
+
+def _new_folder(output: str | Path) -> Path:
+    # Never written over: it may be a run.
+    if Path(output).exists():
+        raise ConfigError(f"{output}: exists already; give a new folder")
+    return Path(output)
+
+
+def _write(output: Path, config: Config, classes: list[str], weights: dict[str, Tensor]) -> Path:
     # No fingerprint and no optimizer state: it can be evaluated, but no run can resume from it.
-    meta = CheckpointMeta(Progress(), 1, _class_names(config.data, classes), "", {})
+    meta = CheckpointMeta(Progress(), 1, classes, "", {})
     folder = output / "checkpoints"
     try:
-        path = checkpoint.write(folder, Checkpoint(meta, config, network.state_dict(), {}))
+        path = checkpoint.write(folder, Checkpoint(meta, config, weights, {}))
         checkpoint.set_link(folder, "latest", path)
     except OSError as error:
         raise CheckpointError(f"{output}: cannot be written ({error.strerror or error})") from None

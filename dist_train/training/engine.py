@@ -431,8 +431,9 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Conf
             import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.ERROR)
-        # On a CPU DeepSpeed would compile a shared-memory reduction at start, which takes half a minute and a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed would try out at start, with compilers, which of its own operators this machine can build; none is used here.
+        # On a CPU it would then build one, a shared-memory reduction, which takes half a minute.
+        deepspeed.ops.__compatible_ops__ = {}
         with launcher_variables(group.ranks):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     # torch's loss scale, which DeepSpeed takes for fp16, is unscaled nowhere at ZeRO 1 and 2: loss_scale takes its place.

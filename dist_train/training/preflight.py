@@ -20,6 +20,7 @@ from dist_train.errors import ConfigError, DataError
 from dist_train.loss import ExitDistillation
 from dist_train.models import MultiExitNetwork, build_model, load_pretrained
 from dist_train.models.cost import cost_columns
+from dist_train.training.outside_teachers import check_teachers
 from dist_train.training.resume import ResumePoint, resume_point
 from dist_train.training.zero import chosen_stage
 from shards.index import Index
@@ -73,6 +74,7 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
     ExitDistillation.from_config(config.loss, model.num_exits)
     _check_writable(config.folder)
     stage = chosen_stage(config, model, ranks.world_size)
+    check_teachers(config, stage, train.classes)
     return Preflight(config, train, val, model, steps, order.steps_per_epoch, stage)
 
 

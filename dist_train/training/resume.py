@@ -12,6 +12,7 @@ from dist_train.errors import CheckpointError
 from dist_train.training import checkpoint
 from dist_train.training.checkpoint import CheckpointMeta
 from dist_train.training.optim import state_names
+from dist_train.training.outside_teachers import teacher_fingerprints
 from shards.index import Index
 
 IMMUTABLE_FIELDS = (
@@ -83,6 +84,9 @@ def check_resumable(path: Path, config: Config, train: Index, val: Index) -> lis
         lines.append("averaged weights start from this checkpoint's weights")
     if set(state_names(config.optim)) - set(state_names(before.optim)):
         lines.append("the optimizer's momentum starts from 0")
+    for name, fingerprint in teacher_fingerprints(config).items():
+        if meta.teachers.get(name, fingerprint) != fingerprint:
+            lines.append(f"the outside teacher {name} has other weights than before")
     if val_changed(meta, val):
         lines.append("the validation split changed: the best checkpoint is chosen again from here on")
     return lines

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from dist_train.config import Config
+from dist_train.config import AVERAGED, Config
 from dist_train.data.pipeline import GlobalBatch, Loader
 from dist_train.distributed.group import Group
 from dist_train.distributed.watchdog import Watchdog
@@ -25,6 +25,7 @@ from dist_train.training.engine import Engine, Update
 from dist_train.training.health import SkippedSteps, StopRequests
 from dist_train.training.memory import explain_out_of_memory, peak_memory
 from dist_train.training.meter import Meter, StepClock
+from dist_train.training.outside_teachers import OutsideTeachers, share_averages
 from dist_train.training.preflight import Preflight
 from dist_train.training.random_state import seed_random
 from dist_train.training.resume import resume_point
@@ -63,7 +64,12 @@ class Trainer:
         loader = Loader.of_run(config, ready.val, group, split=config.data.val)
         self.validator = Validator(copy.deepcopy(ready.model), loader, group, self.criterion, config.train.precision)
         group.phase("DeepSpeed")
+        # A copy as long as ZeRO has not changed the network.
+        averaged = copy.deepcopy(ready.model) if AVERAGED in config.loss.outside_teachers else None
         self.engine = Engine(ready.model, config, group)
+        if averaged is not None and self.engine.averages is not None:
+            share_averages(averaged, self.engine.averages.tensors)
+        self.outside_teachers = OutsideTeachers(config, ready.train.classes, group.device, averaged)
         self.meter = Meter(self.criterion.num_exits, group)
         self.clock = StepClock(group)
         self.checkpointer = Checkpointer(config, ready, group, self.engine, self.criterion, self.meter)
@@ -153,7 +159,8 @@ class Trainer:
         for number, micro in enumerate(self.clock.waiting_for(batch), start=1):
             with self.clock.computing():
                 logits = self.engine.forward(micro.images)
-                loss, stats = self.criterion(logits, micro.targets, labeled=labeled, passes=steps)
+                outside = self.outside_teachers.logits(micro.images, logits[0].dtype)
+                loss, stats = self.criterion(logits, micro.targets, labeled=labeled, passes=steps, outside=outside)
             self.engine.backward(loss)
             self.meter.add(stats.vector, loss.detach() * steps, len(micro.ids))
             confidence += torch.stack([stats.confidence, stats.samples])

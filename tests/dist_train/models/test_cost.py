@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config_file import load_config
-from dist_train.models import MSDNet, build_model
+from dist_train.models import MSDNet, MultiExitNetwork, build_model
 from dist_train.models.cost import ExitCost, exit_costs
 from tests.common import ROOT
 
@@ -127,7 +127,7 @@ def test_pure_multiply_adds() -> None:
     assert millions([cost.macs for cost in exit_costs(network, 224)]) == "337.21 681.65 1003.66 1249.63 1355.61"
 
 
-class Plain(nn.Module):
+class Plain(MultiExitNetwork):
     """A network whose costs are known by hand, with two exits of different kinds."""
 
     num_exits, num_classes = 2, 3
@@ -139,10 +139,10 @@ class Plain(nn.Module):
         self.tokens = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.early, self.late = nn.Linear(4, 3), nn.Linear(8, 3, bias=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.iter_exits(images))
+    def exit_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.iter_exit_logits(images))
 
-    def iter_exits(self, images: Tensor) -> Any:
+    def iter_exit_logits(self, images: Tensor) -> Any:
         features = self.first(images).relu()
         yield self.early(nn.functional.max_pool2d(features, 8).flatten(1))
         tokens = self.grouped(features).flatten(2).transpose(1, 2)

@@ -84,6 +84,27 @@ def test_a_converted_folder_gives_their_logits(files: Path, file: str, digits: P
     assert cli.run(["eval", str(files / "ours")]) == 0
 
 
+def test_the_copy_of_a_run_predicts_as_an_ensemble(
+    files: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(files, "theirs.safetensors", "ours", "--data.shards", digits) == 0
+    words = ["convert", str(files / "ours"), str(tmp_path / "together"), "--ensemble", "geometric"]
+    assert cli.run(words) == 0
+    alone, together = load_model(files / "ours"), load_model(tmp_path / "together")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for number, logits in enumerate(together(images), start=1):
+            torch.testing.assert_close(logits, torch.stack(alone(images)[:number]).mean(0))
+    assert cli.run(["eval", str(tmp_path / "together")]) == 0
+    capsys.readouterr()
+    assert cli.run(words) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.run([*words[:2], str(tmp_path / "more"), *words[3:], "--data.mean", "[0, 0, 0]"]) == 2
+    assert "--data.mean is given with --ensemble" in capsys.readouterr().err
+    assert cli.run(["convert", str(files / "args.yaml"), str(tmp_path / "more"), *words[3:]]) == 2
+    assert "no checkpoint here" in capsys.readouterr().err
+
+
 def test_what_cannot_be_converted_is_one_line(files: Path, capsys: pytest.CaptureFixture[str], digits: Path) -> None:
     def said(file: str, output: str = "ours", *more: Any) -> str:
         assert convert(files, file, output, *more) == 2
