@@ -9,7 +9,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from dist_train.errors import CheckpointError, ConfigError
-from dist_train.models.msdnet import ConvNormReLU, DenseCell, MSDNet
+from dist_train.models.cells import ConvNormReLU, DenseCell
+from dist_train.models.msdnet import MSDNet
 
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _CLASSES = {"cifar10": 10, "cifar100": 100, "ImageNet": 1000}

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_train.errors import ConfigError
+from dist_train.models.cells import BatchNorm, ConvNormReLU, DenseCell, Features, count_batches, run_cell, run_stage
 from dist_train.models.network import MultiExitNetwork
 
 Dialect = Literal["lua", "msdnet_pytorch", "multiexit_distillation"]
 Prune = Literal["min", "max", "none"]
-Features = list[Tensor | None]
-"""One feature map [N, C, H, W] per scale, finest first; None where a scale has ended."""
 
 
 class MSDNet(MultiExitNetwork):
@@ -98,12 +97,14 @@ class MSDNet(MultiExitNetwork):
         self.blocks = nn.ModuleList(nn.ModuleList(cells[start:end]) for start, end in itertools.pairwise([0, *ends]))
         exit_widths = [widths.of(stages[end - 1].width_out)[-1] for end in ends]
         self.heads = nn.ModuleList(Head(width, head_width or width, num_classes, dialect) for width in exit_widths)
+        self._norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
         if dialect != "msdnet_pytorch":
             _initialize(self)
 
     def exit_logits(self, images: Tensor) -> tuple[Tensor, ...]:
         """What the exits themselves give, M tensors [N, K], for images [N, 3, H, W]."""
         self.check_image_size(*images.shape[-2:])
+        count_batches(self._norms)
         features: Features = []
         for scale, layer in enumerate(self.stem):
             features.append(layer(features[scale - 1] if scale else images))
@@ -132,7 +133,7 @@ class MSDNet(MultiExitNetwork):
                     cell = stages[position - 1][str(scale)]
                     if isinstance(cell, DenseCell) and cell.down is not None:
                         advance(scale - 1, position)
-                    features[scale] = _run_cell(cell, features, scale)
+                    features[scale] = run_cell(cell, features, scale)
                 done[scale] += 1
 
         end = 1
@@ -153,36 +154,6 @@ class MSDNet(MultiExitNetwork):
                     f"image size is {size} pixels, which {len(self.stem)} scales cannot halve; "
                     f"use a multiple of {self.divisor}, for instance {nearest}"
                 )
-
-
-class ConvNormReLU(nn.Sequential):
-    """Convolution, batch norm, ReLU; keeps height and width divided by ``stride``, rounded up."""
-
-    def __init__(self, width_in: int, width_out: int, kernel: int, stride: int = 1, *, bias: bool = False) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(width_in, width_out, kernel, stride, kernel // 2, bias=bias),
-                norm=nn.BatchNorm2d(width_out),
-                relu=nn.ReLU(inplace=True),
-            )
-        )
-
-
-class DenseCell(nn.Module):
-    """One layer at one scale: the scale's channels, and new ones made from them and from the next finer scale."""
-
-    def __init__(self, down: nn.Module | None, normal: nn.Module, *, down_last: bool) -> None:
-        super().__init__()
-        self.down = down
-        self.normal = normal
-        self.down_last = down_last
-
-    def forward(self, own: Tensor, finer: Tensor | None) -> Tensor:
-        """Concatenate own [N, C, H, W] with what is made of it and of finer [N, C', 2H, 2W]."""
-        if self.down is None:
-            return torch.cat([own, self.normal(own)], 1)
-        down, normal = self.down(finer), self.normal(own)
-        return torch.cat([own, normal, down] if self.down_last else [own, down, normal], 1)
 
 
 class Head(nn.Sequential):
@@ -326,20 +297,10 @@ def _initialize(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _run_cell(cell: nn.Module, features: Features, scale: int) -> Tensor:
-    if isinstance(cell, DenseCell):
-        return cast(Tensor, cell(features[scale], features[scale - 1] if scale else None))
-    return cast(Tensor, cell(features[scale]))
-
-
 def _run_block(block: nn.ModuleList, features: Features) -> Features:
     """Run the stages of a block at all scales."""
     for stage in block:
-        cells = cast(nn.ModuleDict, stage)
-        features = [
-            _run_cell(cells[str(scale)], features, scale) if str(scale) in cells else None
-            for scale in range(len(features))
-        ]
+        features = run_stage(cast(nn.ModuleDict, stage), features)
     return features
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_train.config import ModelConfig, MSDNetConfig
 from dist_train.errors import ConfigError
 from dist_train.models import MSDNet, build_model
-from dist_train.models.msdnet import ConvNormReLU, DenseCell
+from dist_train.models.cells import ConvNormReLU, DenseCell
 from tests.common import network_config
 
 DIALECTS = ("lua", "msdnet_pytorch", "multiexit_distillation")
@@ -118,6 +118,35 @@ def test_every_trained_parameter_gets_a_gradient(shape: str) -> None:
         frozen = sum(not parameter.requires_grad for parameter in network.parameters())
         dead_ends = shape in ("max, two scales left at the end", "none", "no bottlenecks")
         assert (frozen > 0) == (dialect == "msdnet_pytorch" and dead_ends)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bottlenecks_that_run_as_one_train_as_two_do(shape: str, dialect: str) -> None:
+    """In training, ``forward`` joins the bottlenecks behind the same features; ``iter_exits`` runs every cell by itself."""
+    changes = SHAPES[shape]
+    if dialect == "multiexit_distillation" and shape == "growing":
+        changes = changes | {"base": 3}
+    together, alone = (small(dialect, **changes).double() for _ in range(2))
+    images = images_for(together).double()
+    counts, handles = convolutions_run(together)
+    outputs = [list(together(images)), list(alone.iter_exits(images))]
+    convolutions = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in together.modules())
+    assert (counts.total() < convolutions) == (shape not in ("no bottlenecks", "one scale"))
+    for handle in handles:
+        handle.remove()
+    for logits, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(logits, expected)
+    for logits in outputs:
+        sum(one.square().sum() for one in logits).backward()
+    for (name, expected), parameter in zip(alone.named_parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
+    needed = {name.rpartition(".")[0] for name, parameter in alone.named_parameters() if parameter.grad is not None}
+    for (name, expected), buffer in zip(alone.named_buffers(), together.buffers(), strict=True):
+        if name.endswith("num_batches_tracked"):
+            assert buffer == 1, name
+        elif name.rpartition(".")[0] in needed:  # what no exit depends on does not run in iter_exits
+            torch.testing.assert_close(buffer, expected, msg=name)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
