@@ -1,4 +1,6 @@
-"""How fast a training step is with the default settings, and what early exit saves, for the paper's two MSDNets."""
+"""How fast a training step is with the default settings, how many operators it calls, and what early exit saves, for the
+paper's two MSDNets.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,16 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.arguments import Parser
+from dist_train.bench.operators import count_operators
+from dist_train.bench.peer import load_peer
 from dist_train.config import LossConfig, OptimConfig
 from dist_train.distributed.group import Ranks
 from dist_train.loss.objective import ExitDistillation
@@ -52,12 +56,18 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def run(arguments: list[str]) -> int:
-    """``dist-train bench model [--json PATH] [--networks cifar imagenet] [--steps N] [--batch N]``."""
+    """``dist-train bench model [--json PATH] [--networks cifar imagenet] [--steps N] [--batch N] [--peer CHECKOUT]``."""
     parser = Parser("dist-train bench model", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="training steps per timed block")
     parser.add_argument("--batch", type=int, metavar="N", help="images per training step (default: 64 and 16)")
+    parser.add_argument(
+        "--peer",
+        type=Path,
+        metavar="CHECKOUT",
+        help="a checkout of kalviny/MSDNet-PyTorch: train its network in turns with ours",
+    )
     known = parser.parse_args(arguments)
 
     ranks = Ranks.from_env()
@@ -65,7 +75,7 @@ def run(arguments: list[str]) -> int:
         torch.set_num_threads(ranks.threads)
     results = []
     for name in known.networks:
-        results.append(_measure(name, ranks.device, known.steps, known.batch))
+        results.append(_measure(name, ranks.device, known.steps, known.batch, known.peer))
         print(_text(results[-1]), flush=True)
     if known.json:
         machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
@@ -73,20 +83,29 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _measure(name: str, device: torch.device, steps: int, batch: int | None) -> dict[str, Any]:
-
+def _measure(name: str, device: torch.device, steps: int, batch: int | None, peer: Path | None) -> dict[str, Any]:
     fields = dict(NETWORKS[name])
     classes, size, usual = (fields.pop(key) for key in ("num_classes", "image_size", "batch"))
     torch.manual_seed(0)
     network = MSDNet(classes, **fields).to(device)
-    training = _training(network, size, batch or usual, device, steps)
+    networks: dict[str, nn.Module] = {"": network}
+    if peer is not None:
+        networks["peer, "] = load_peer(peer, fields).to(device)
+    images = torch.randn(batch or usual, 3, size, size, device=device)
+    labels = torch.randint(classes, (len(images),), device=device)
+    training = _training(networks, network.num_exits, images, labels, steps)
     return {"network": name, **training, "stopping": {n: _stopping(network, size, n) for n in (64, 1)}}
 
 
-def _training(network: MultiExitNetwork, size: int, batch: int, device: torch.device, steps: int) -> dict[str, Any]:
-    """Images per second of a step: plain, with the defaults of a run, and (on a GPU) with train.compile as well."""
-    images = torch.randn(batch, 3, size, size, device=device)
-    labels = torch.randint(network.num_classes, (batch,), device=device)
+def _training(
+    networks: Mapping[str, nn.Module], num_exits: int, images: Tensor, labels: Tensor, steps: int
+) -> dict[str, Any]:
+    """Images per second and operators of a step: plain, with the defaults of a run, and (on a GPU) with train.compile as well.
+
+    Args:
+        networks: by what stands before the name of a setting. All take the same step: objective, optimizer, precision.
+    """
+    device = images.device
     defaults = images.contiguous(memory_format=torch.channels_last)
     settings: dict[str, tuple[Tensor, str, bool]] = {
         "plain": (images, "fp32", False),
@@ -97,9 +116,15 @@ def _training(network: MultiExitNetwork, size: int, batch: int, device: torch.de
         settings["default, compiled"] = (defaults, "bf16", True)
     variants = {}
     for name, (given, precision, compiled) in settings.items():
-        variants[name] = _stepper(
-            copy.deepcopy(network).train(), given, labels, functools.partial(autocast, precision, device), compiled
-        )
+        for owner, network in networks.items():
+            variants[owner + name] = _stepper(
+                copy.deepcopy(network).train(),
+                num_exits,
+                given,
+                labels,
+                functools.partial(autocast, precision, device),
+                compiled,
+            )
     times: dict[str, list[float]] = {name: [] for name in variants}
     for block in range(BLOCKS + 1):
         for name, step in variants.items():
@@ -108,12 +133,19 @@ def _training(network: MultiExitNetwork, size: int, batch: int, device: torch.de
                 step()
             if block:  # the first one warms up
                 times[name].append((_now(device) - start) / steps)
-    speeds = {name: batch / statistics.median(values) for name, values in times.items()}
-    return {"batch": batch, "images_per_second": speeds, "ratio": speeds["default"] / speeds["plain"]}
+    speeds = {name: len(images) / statistics.median(values) for name, values in times.items()}
+    operators = {name: count_operators(step) for name, step in variants.items() if "compiled" not in name}
+    return {
+        "batch": len(images),
+        "images_per_second": speeds,
+        "operators": operators,
+        "ratio": speeds["default"] / speeds["plain"],
+    }
 
 
 def _stepper(
-    network: MultiExitNetwork,
+    network: nn.Module,
+    num_exits: int,
     images: Tensor,
     labels: Tensor,
     precision: Callable[[], contextlib.AbstractContextManager[Any]],
@@ -121,7 +153,7 @@ def _stepper(
 ) -> Callable[[], None]:
     """One training step: forward, the objective, backward, update."""
     optimizer = build_optimizer(network, OptimConfig(lr=1e-4))
-    criterion = ExitDistillation.from_config(LossConfig(), network.num_exits).to(images.device)
+    criterion = ExitDistillation.from_config(LossConfig(), num_exits).to(images.device)
     forward = torch.compile(network) if compiled else network
 
     def step() -> None:
@@ -163,8 +195,10 @@ def _now(device: torch.device) -> float:
 
 def _text(result: dict[str, Any]) -> str:
     lines = [f"MSDNet ({result['network']}), training step of {result['batch']} images"]
-    lines += [f"  {name:<20} {speed:9.1f} images/s" for name, speed in result["images_per_second"].items()]
-    lines.append(f"  default / plain      {result['ratio']:9.2f}")
+    for name, speed in result["images_per_second"].items():
+        operators = result["operators"].get(name)
+        lines.append(f"  {name:<22} {speed:9.1f} images/s" + (f"  {operators:5d} operators" if operators else ""))
+    lines.append(f"  default / plain        {result['ratio']:9.2f}")
     for batch, exits in result["stopping"].items():
         lines.append(f"  all of a batch of {batch} stop at exit")
         lines += [

@@ -148,8 +148,9 @@ def _run_together(first: ConvNormReLU, second: ConvNormReLU, features: Tensor) -
     norms = [cast(BatchNorm, unit.norm) for unit in (first, second)]
     weight = torch.cat([conv.weight for conv in convs])
     bias = None if convs[0].bias is None else torch.cat([cast(Tensor, conv.bias) for conv in convs])
-    means, variances = [[cast(Tensor, getattr(n, name)) for n in norms] for name in ("running_mean", "running_var")]
-    mean, variance = torch.cat(means), torch.cat(variances)
+    statistics = [cast(Tensor, getattr(norm, name)) for name in ("running_mean", "running_var") for norm in norms]
+    moved = torch.cat(statistics)
+    mean, variance = moved.chunk(2)
     out = functional.batch_norm(
         functional.conv2d(features, weight, bias),
         mean,
@@ -162,6 +163,7 @@ def _run_together(first: ConvNormReLU, second: ConvNormReLU, features: Tensor) -
     )
     widths = [norm.num_features for norm in norms]
     with torch.no_grad():
-        torch._foreach_copy_([*means, *variances], [*torch.split(mean, widths), *torch.split(variance, widths)])
-    one, other = torch.split(functional.relu(out, inplace=True), widths, 1)
+        torch._foreach_copy_(statistics, torch.split(moved, 2 * widths))
+    # Not in place: each half is written out densely, as the convolution behind it would copy it otherwise.
+    one, other = (functional.relu(half) for half in torch.split(out, widths, 1))
     return one, other
