@@ -20,11 +20,12 @@ p.words, footer { color: #505050; font-size: .88rem; margin: .2rem 0 } section, 
 """
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page under a title, of parts of HTML."""
+def page(title: str, parts: Iterable[str], *, refresh_seconds: int | None = None) -> str:
+    """A whole page under a title, of parts of HTML; with ``refresh_seconds`` a browser loads it again that often."""
     escaped = html.escape(title)
+    refresh = f'<meta http-equiv="refresh" content="{refresh_seconds}">' if refresh_seconds is not None else ""
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{refresh}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escaped}</title><style>{STYLE}</style></head><body><h1>{escaped}</h1>{''.join(parts)}</body></html>\n"
     )

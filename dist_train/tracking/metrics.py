@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,3 +87,9 @@ def parse_line(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return entry if isinstance(entry, dict) and "batch" in entry else None
+
+
+def by_exit(metrics: Mapping[str, float], group: str, name: str) -> list[float]:
+    """``group/exitN/name`` for N = 1, 2, ..."""
+    exits = sum(re.fullmatch(rf"{group}/exit\d+/{name}", key) is not None for key in metrics)
+    return [metrics[f"{group}/exit{number}/{name}"] for number in range(1, exits + 1)]

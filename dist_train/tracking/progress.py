@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import re
 import statistics
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_train.tracking.metrics import by_exit
 from dist_train.tracking.watch import Watched
 
 log = logging.getLogger("dist_train")
@@ -92,12 +92,6 @@ def parts_of(metrics: Mapping[str, float], epoch: float) -> list[Part]:
         Part(2, f"waiting {100 * metrics['speed/waiting_for_data']:.0f} %"),
         Part(1, f"{metrics['memory/peak_gib']:.1f} GiB"),
     ]
-
-
-def by_exit(metrics: Mapping[str, float], group: str, name: str) -> list[float]:
-    """``group/exitN/name`` for N = 1, 2, ..."""
-    exits = sum(re.fullmatch(rf"{group}/exit\d+/{name}", key) is not None for key in metrics)
-    return [metrics[f"{group}/exit{number}/{name}"] for number in range(1, exits + 1)]
 
 
 def bar_of(share: float, ascii_only: bool) -> str:
@@ -193,6 +187,49 @@ class Display:
         return f"left {clock(seconds)}"
 
 
+EXIT_COLUMNS = ("exit", "train top-1 %", "train loss", "val top-1 %", "val loss")
+
+
+def exit_rows(run: Watched) -> list[list[str]]:
+    """A row of ``EXIT_COLUMNS`` for every exit, of the newest lines."""
+    columns = [
+        by_exit(metrics, group, name)
+        for metrics, group in ((run.training, "train"), (run.validation, "val"))
+        for name in ("top1", "loss")
+    ]
+    rows = []
+    for number in range(len(columns[0])):
+        cells = [column[number] if number < len(column) else None for column in columns]
+        texts = [
+            "–" if cell is None else f"{cell:.3f}" if k % 2 else f"{100 * cell:.2f}" for k, cell in enumerate(cells)
+        ]
+        rows.append([str(number + 1), *texts])
+    return rows
+
+
+def facts_of(run: Watched) -> list[tuple[str, str]]:
+    """What the newest line of training metrics says besides the exits, by name."""
+    one = run.training
+    facts = [
+        ("loss", f"{one['train/loss']:.4f}"),
+        (
+            "temperature",
+            f"{one['train/temperature']:.3f}, teacher's confidence {one['train/teacher_confidence']:.3f}",
+        ),
+        ("learning rate", f"{one['train/learning_rate']:.3g}, gradient norm {one['train/gradient_norm']:.3g}"),
+        (
+            "throughput",
+            f"{one['speed/images_per_second']:.0f} images/s, {100 * one['speed/waiting_for_data']:.0f} % waiting for data",
+        ),
+        ("memory", f"{one['memory/peak_gib']:.1f} GiB at most"),
+    ]
+    if faults := {name: int(one[f"train/{name}"]) for name in FAULTS if one.get(f"train/{name}")}:
+        facts.append(("faults", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in faults.items())))
+    if run.best is not None:
+        facts.append(("best", f"{100 * run.best:.2f} % mean top-1 of the validations"))
+    return facts
+
+
 class Board:
     """What ``dist-train watch`` shows of a run: a live picture on a terminal, a line per line of metrics elsewhere.
 
@@ -244,23 +281,15 @@ class Board:
         if not run.training:
             return
         facts = Table.grid(padding=(0, 2))
-        for name, value in self._facts(run, options):
-            facts.add_row(Text(name, style="dim"), value)
+        curve = "" if options.ascii_only else curve_of(run.losses, max(8, options.max_width - 40))
+        for name, value in facts_of(run):
+            facts.add_row(Text(name, style="dim"), f"{value}  {curve}" if name == "loss" else value)
         yield facts
-        exits = Table("exit", "train top-1 %", "train loss", "val top-1 %", "val loss", box=None, pad_edge=False)
+        exits = Table(*EXIT_COLUMNS, box=None, pad_edge=False)
         for column in exits.columns[1:]:
             column.justify = "right"
-        columns = [
-            by_exit(metrics, group, name)
-            for metrics, group in ((run.training, "train"), (run.validation, "val"))
-            for name in ("top1", "loss")
-        ]
-        for number in range(len(columns[0])):
-            cells = [column[number] if number < len(column) else None for column in columns]
-            texts = [
-                "–" if cell is None else f"{cell:.3f}" if k % 2 else f"{100 * cell:.2f}" for k, cell in enumerate(cells)
-            ]
-            exits.add_row(str(number + 1), *texts)
+        for row in exit_rows(run):
+            exits.add_row(*row)
         yield exits
 
     def _head(self, run: Watched, ascii_only: bool) -> list[Part]:
@@ -275,25 +304,6 @@ class Board:
                 Part(15, f"left {clock(left)}" if left is not None else ""),
             ]
         return parts
-
-    def _facts(self, run: Watched, options: Any) -> Iterator[tuple[str, str]]:
-        one = run.training
-        curve = "" if options.ascii_only else curve_of(run.losses, max(8, options.max_width - 40))
-        yield "loss", f"{one['train/loss']:.4f}  {curve}"
-        yield (
-            "temperature",
-            f"{one['train/temperature']:.3f}, teacher's confidence {one['train/teacher_confidence']:.3f}",
-        )
-        yield "learning rate", f"{one['train/learning_rate']:.3g}, gradient norm {one['train/gradient_norm']:.3g}"
-        yield (
-            "throughput",
-            f"{one['speed/images_per_second']:.0f} images/s, {100 * one['speed/waiting_for_data']:.0f} % waiting for data",
-        )
-        yield "memory", f"{one['memory/peak_gib']:.1f} GiB at most"
-        if faults := {name: int(one[f"train/{name}"]) for name in FAULTS if one.get(f"train/{name}")}:
-            yield "faults", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in faults.items())
-        if run.best is not None:
-            yield "best", f"{100 * run.best:.2f} % mean top-1 of the validations"
 
 
 def curve_of(values: Sequence[float], width: int) -> str:

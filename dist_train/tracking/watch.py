@@ -7,12 +7,12 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from dist_train.config import Config
 from dist_train.config_file import load_config
 from dist_train.distributed.lock import RunLock
-from dist_train.tracking.metrics import read_new
+from dist_train.tracking.metrics import by_exit, read_new
 
 LOOK_SECONDS = 1.0
 """Between two looks into the folder."""
@@ -20,6 +20,20 @@ PATIENCE_SECONDS = 60.0
 """How long a run that has stopped before our eyes is waited for: a scheduler may start it again."""
 RECENT = 10
 """Lines of metrics that the time left is estimated from."""
+
+
+class Moment(NamedTuple):
+    """What a line of training metrics says, of all that change over time.
+
+    ``top1`` is that of every exit, ``waiting`` the share of the time that was spent waiting for data.
+    """
+
+    batch: int
+    loss: float
+    top1: list[float]
+    temperature: float
+    images_per_second: float
+    waiting: float
 
 
 class Watched:
@@ -30,7 +44,8 @@ class Watched:
         training: the newest line of training metrics, by name; empty before the first.
         validation: likewise, of the validation.
         best: highest ``val/mean_top1`` so far.
-        losses: ``train/loss`` of every line.
+        moments: every line of training metrics.
+        validations: the batch and the top-1 of every exit, of every validation.
         batch: global batches consumed, of the newest line.
         running: whether a process trains in the folder, as far as can be seen from here.
     """
@@ -47,9 +62,9 @@ class Watched:
         self.training: dict[str, float] = {}
         self.validation: dict[str, float] = {}
         self.best: float | None = None
-        self.losses: list[float] = []
+        self.moments: list[Moment] = []
+        self.validations: list[tuple[int, list[float]]] = []
         self.batch = 0
-        self._speeds: list[float] = []
         self._of_training = 0
         self._last: dict[str, float] = {}
         self._offset = 0
@@ -96,11 +111,25 @@ class Watched:
         metrics = self._last
         if "train/loss" in metrics:
             self.training, self._of_training = metrics, self.batch
-            self.losses.append(metrics["train/loss"])
-            self._speeds.append(metrics["speed/images_per_second"])
+            self.moments.append(
+                Moment(
+                    self.batch,
+                    metrics["train/loss"],
+                    by_exit(metrics, "train", "top1"),
+                    metrics["train/temperature"],
+                    metrics["speed/images_per_second"],
+                    metrics["speed/waiting_for_data"],
+                )
+            )
         if "val/mean_top1" in metrics:
             self.validation = metrics
+            self.validations.append((self.batch, by_exit(metrics, "val", "top1")))
             self.best = max(metrics["val/mean_top1"], self.best or 0.0)
+
+    @property
+    def losses(self) -> list[float]:
+        """``train/loss`` of every line."""
+        return [one.loss for one in self.moments]
 
     @property
     def total(self) -> int | None:
@@ -119,7 +148,7 @@ class Watched:
     @property
     def seconds_left(self) -> float | None:
         """By the speed of the last lines, without validations; None where nothing was measured yet."""
-        speeds = [speed for speed in self._speeds[-RECENT:] if speed > 0]
+        speeds = [one.images_per_second for one in self.moments[-RECENT:] if one.images_per_second > 0]
         if not speeds or self.total is None or self.config is None:
             return None
         images = (self.total - self.batch) * self.config.train.global_batch

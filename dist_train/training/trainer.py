@@ -136,7 +136,8 @@ class Trainer:
     def step(self, batch: GlobalBatch) -> bool:
         """Train on one global batch, log and save where that is due; true if the run must stop now."""
         finish_vote = self._train_on(batch)
-        if self.progress.batch % self.config.tracking.log_every == 0:
+        # The last steps, too: a run of fewer than log_every would say nothing about its training.
+        if self.progress.batch % self.config.tracking.log_every == 0 or self.schedule.at_end(self.progress):
             self._log_training()
         stop, save = finish_vote()
         save = save or self.checkpointer.due_by_steps(self.progress, self.update.applied)

@@ -9,9 +9,10 @@ import pytest
 
 from dist_train.config_file import dump_config, make_config
 from dist_train.distributed.lock import RunLock
-from dist_train.tracking import watch
+from dist_train.tracking import live, watch
+from dist_train.tracking.live import LivePage
 from dist_train.tracking.metrics import MetricsFile, read_metrics
-from dist_train.tracking.watch import follow
+from dist_train.tracking.watch import Watched, follow
 from tests.common import ROOT, on_a_terminal
 
 HOLDER = """
@@ -124,6 +125,47 @@ def test_what_is_no_run_folder_is_refused_and_not_waited_for(tmp_path, refused):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file"):
         assert f"{path}: is no run folder" in refused("watch", path)
+
+
+def test_the_page_follows_the_run_refreshes_itself_and_stops_with_it(config, monkeypatch):
+    begin(config)
+    page, run = LivePage(config.folder), Watched(config.folder)
+    with RunLock(config.folder) as lock:
+        lock.acquire()
+        run.look()
+        page.show(run)
+        assert "starting" in page.path.read_text()
+        log(config, *((step, training(step, 2 - 0.04 * step)) for step in (5, 10)), (10, validation(0.5)))
+        run.look()
+        page.show(run)
+        assert "starting" in page.path.read_text(), "written again within the time that a browser waits"
+        monkeypatch.setattr(live, "REFRESH_SECONDS", 0)
+        page.show(run)
+        text = page.path.read_text()
+        for part in (
+            "training, step 10 of 40, 6 s left",
+            "25 % waiting for data",
+            "50.00",
+            "data:image/png",
+            "refresh",
+        ):
+            assert part in text, part
+    log(config, (40, training(40, 0.4)), (40, validation(0.9)))
+    run.look()
+    page.show(run)
+    text = page.path.read_text()
+    assert "finished" in text
+    assert "http-equiv" not in text
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_the_watching_goes_on(config, command):
+    begin(config)
+    log(config, (40, training(40, 0.5)), (40, validation(0.9375)))
+    (config.folder / "live.html").mkdir()
+    result = command("dist_train", "watch", config.folder, "--html")
+    assert (result.returncode, result.stderr.count("\n")) == (0, 1)
+    assert "live.html: cannot be written" in result.stderr
+    assert result.stdout.endswith("r: finished\n")
 
 
 @pytest.mark.parametrize("width", [60, 120])
