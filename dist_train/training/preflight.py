@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
         )
     model = build_model(config.model, len(train.classes), config.data.image_size)
     ExitDistillation.from_config(config.loss, model.num_exits)
+    if config.train.micro_batch == 1:
+        _check_single_image(model, config.data.image_size)
     _check_writable(config.folder)
     stage = chosen_stage(config, model, ranks.world_size)
     check_teachers(config, stage, train.classes)
@@ -122,6 +125,22 @@ def check_processes(config: Config, ranks: Ranks) -> tuple[Preflight, ResumePoin
     if resume is None:
         load_pretrained(ready.model, config.model)
     return ready, resume
+
+
+def _check_single_image(model: MultiExitNetwork, image_size: int) -> None:
+    # Tried, because which norm sees a map of one pixel is known to nobody but the network; on a copy, because a pass in
+    # training mode moves the statistics.
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            trial(torch.zeros(1, 3, image_size, image_size))
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"train.micro_batch is 1, but a batch norm of this network has feature maps of one pixel on images of {image_size} x "
+            f"{image_size} pixels, and one value has no variance; set train.micro_batch to 2 or more, or a larger data.image_size"
+        ) from None
 
 
 def _check_writable(folder: Path) -> None:

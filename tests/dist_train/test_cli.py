@@ -51,6 +51,9 @@ def test_configurations_that_cannot_run_are_refused(config, tmp_path, refused, v
     assert "33" in said("--data.image_size", 33)
     assert "sync_bn is true, which needs a GPU" in said("--train.sync_bn", "true")
     assert "only 1437 images" in said("--train.global_batch", 2048)
+    single = said("--train.micro_batch", 1, "--data.image_size", 8)
+    assert "train.micro_batch is 1, but a batch norm of this network has feature maps of one pixel" in single
+    assert "set train.micro_batch to 2 or more" in single
     assert "loss.distill_weights" in said("--loss.distill_weights", "[1, 1, 1, 1, 1]")
     (tmp_path / "file").touch()
     assert "is a file" in said("--runs", tmp_path / "file")
