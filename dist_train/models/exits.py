@@ -87,7 +87,7 @@ class AttachedExits(MultiExitNetwork):
         self._logits = logits
         output = self.network(images)
         self._logits = None
-        return (*logits, self.heads[-1](_first_tensor(output)))
+        return (*logits, self._last_exit(output))
 
     def iter_exit_logits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
         """The same exit after exit; no submodule after an exit runs before the next one is asked for.
@@ -126,6 +126,10 @@ class AttachedExits(MultiExitNetwork):
             return reached.logits
         finally:
             self._wanted = None
+        return self._last_exit(output)
+
+    def _last_exit(self, output: Any) -> Tensor:
+        _refuse_several_logits(output, self.num_classes)
         logits: Tensor = self.heads[-1](_first_tensor(output))
         return logits
 
@@ -315,3 +319,18 @@ def _first_tensor(output: Any, name: str = "the network") -> Tensor:
     if not isinstance(output, Tensor):
         raise ConfigError(f"the output of {name} is a {type(output).__name__}, not a tensor; name another submodule")
     return output
+
+
+def _refuse_several_logits(output: Any, num_classes: int) -> None:
+    """The first of several would be taken for all, although only the network knows what they are for.
+
+    Some distilled networks give two in training mode, and their mean in evaluation mode.
+    """
+    if hasattr(output, "logits") or not isinstance(output, tuple | list):
+        return
+    several = sum(isinstance(one, Tensor) and one.dim() == 2 and one.shape[1] == num_classes for one in output)
+    if several > 1:
+        raise ConfigError(
+            f"the network gives {several} tensors of {num_classes} logits per image, such as those of a classifier and of one "
+            "for distillation; let it give one, such as their mean, in training mode as well"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -40,8 +41,8 @@ def exit_parts(model: nn.Module) -> dict[str, str]:
     """Submodules that belong to exits, by name: whether to early ones or to the last one.
 
     Works on the networks of this package, whose heads are in ``heads``; exits that were attached to a network leave its
-    classifier where it is, as the last submodule whose weight has a row per class.  Where there is none, the last exit is
-    a part of the backbone.
+    classifier where it is, as the last submodule whose weight has a row per class.  Distilled networks (DeiT, LeViT) have two
+    of the same shape, one after the other, and the last exit is both.  Where there is none, it is a part of the backbone.
     """
     heads = model.get_submodule("heads")
     assert isinstance(heads, nn.ModuleList)
@@ -50,15 +51,20 @@ def exit_parts(model: nn.Module) -> dict[str, str]:
     backbone = getattr(model, "network", None)
     if not (isinstance(backbone, nn.Module) and isinstance(heads[last], nn.Identity)):
         return parts | {f"heads.{last}": LAST_EXIT}
-    classes = model.num_classes
-    ends = [
-        name
+    return parts | {f"network.{name}": LAST_EXIT for name in _classifiers(backbone, model.num_classes)}
+
+
+def _classifiers(backbone: nn.Module, classes: int) -> list[str]:
+    # A norm has one dimension, and is no classifier, however many channels it has.
+    weights = [
+        (name, weight.shape)
         for name, module in backbone.named_modules()
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
-        and weight.dim() > 1  # a norm of as many channels is no classifier
-        and len(weight) == classes
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() > 1
     ]
-    return parts | ({f"network.{ends[-1]}": LAST_EXIT} if ends else {})
+    while weights and weights[-1][1][0] != classes:
+        weights.pop()
+    shape = weights[-1][1] if weights else None
+    return [name for name, _ in itertools.takewhile(lambda one: one[1] == shape, reversed(weights))]
 
 
 def exits_behind(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:

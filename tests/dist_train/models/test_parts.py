@@ -14,6 +14,7 @@ from dist_train.config_file import make_config
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.models import MSDNet, ResNet, attach_exits, build_model, load_pretrained
 from dist_train.models.parts import EARLY_EXITS, LAST_EXIT, exit_parts
+from dist_train.models.weights import load_backbone
 from tests.common import network_config
 
 RESNET = {"name": "resnet", "exits": ["stages.0"], "blocks": [1, 1], "width": 4}
@@ -43,6 +44,39 @@ class EndsWithANorm(nn.Module):
 def test_a_norm_with_a_channel_per_class_is_no_classifier() -> None:
     network = attach_exits(EndsWithANorm(), ["stem"], 5, image_size=16)
     assert exit_parts(network) == {"heads.0": EARLY_EXITS, "network.fc": LAST_EXIT}
+
+
+class Distilled(nn.Module):
+    """Two classifiers, as DeiT, LeViT and SwiftFormer have them: their mean, or both in training mode."""
+
+    def __init__(self, classes: int, mean: bool = True) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 6, 4, 4), nn.Conv2d(6, 6, 1)
+        self.norm = nn.LayerNorm(6)
+        self.head, self.head_dist = nn.Linear(6, classes), nn.Linear(6, classes)
+        self.mean = mean
+
+    def forward(self, images: torch.Tensor) -> Any:
+        features = self.norm(self.block(self.stem(images)).mean((2, 3)))
+        both = self.head(features), self.head_dist(features)
+        return both if self.training and not self.mean else (both[0] + both[1]) / 2
+
+
+def test_two_classifiers_are_one_last_exit_and_start_from_weights_of_other_classes() -> None:
+    network = attach_exits(Distilled(5), ["stem"], 5, image_size=16)
+    last = {"network.head": LAST_EXIT, "network.head_dist": LAST_EXIT}
+    assert exit_parts(network) == {"heads.0": EARLY_EXITS, **last}
+    other = Distilled(9).state_dict()
+    load_backbone(network, other, "weights")
+    assert network.state_dict()["network.stem.weight"].equal(other["stem.weight"])
+    # A backbone of as many channels as classes is none of them.
+    assert exit_parts(attach_exits(Distilled(6), ["stem"], 6, image_size=16)).keys() == {"heads.0", *last}
+
+
+def test_several_logits_are_refused_and_not_the_first_taken_for_all() -> None:
+    network = attach_exits(Distilled(5, mean=False), ["stem"], 5, image_size=16)
+    with pytest.raises(ConfigError, match=r"gives 2 tensors of 5 logits per image.* in training mode as well"):
+        network.train()(torch.zeros(2, 3, 16, 16))
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
