@@ -51,7 +51,9 @@ def exit_parts(model: nn.Module) -> dict[str, str]:
     backbone = getattr(model, "network", None)
     if not (isinstance(backbone, nn.Module) and isinstance(heads[last], nn.Identity)):
         return parts | {f"heads.{last}": LAST_EXIT}
-    return parts | {f"network.{name}": LAST_EXIT for name in _classifiers(backbone, model.num_classes)}
+    classes = model.num_classes
+    assert isinstance(classes, int)
+    return parts | {f"network.{name}": LAST_EXIT for name in _classifiers(backbone, classes)}
 
 
 def _classifiers(backbone: nn.Module, classes: int) -> list[str]:
