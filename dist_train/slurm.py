@@ -8,8 +8,11 @@ import io
 import math
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,9 @@ ENDED = {
     "DEADLINE",
     "BOOT_FAIL",
 }
+
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
+"""What a batch step may be sent before its job ends."""
 
 ELEMENTS = ".elements"
 """Ending of a file with the run folders of an array, in the order of its elements."""
@@ -184,13 +190,39 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def executor(folder: Path, **parameters: Any) -> Any:
-    """A submitit executor that keeps its files in ``folder``; ``parameters`` are submitit's."""
+def hold_signals() -> None:
+    """Let signals wait until :func:`take_signals`, in this process and in what it executes.
+
+    The imports of a batch step take seconds, in which a signal would end it, and nobody would requeue the job.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def take_signals(handler: Callable[[int, Any], None]) -> None:
+    """Let a function take the signals, and SIGINT, from here on; those that wait come at once."""
+    for number in (*STOP_SIGNALS, signal.SIGINT):
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+_HOLD = (
+    f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {tuple(map(int, STOP_SIGNALS))}); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+# By a Python that has nothing to import; with exec, signals to the batch script reach it and do not end a shell above it.
+_HOLDING = shlex.join(["exec", sys.executable, "-S", "-c", _HOLD])
+
+
+def executor(folder: Path, *, holds_signals: bool = False, **parameters: Any) -> Any:
+    """A submitit executor that keeps its files in ``folder``; ``parameters`` are submitit's.
+
+    With ``holds_signals`` a job's batch step is as after :func:`hold_signals` from its start on.
+    """
     import submitit
 
     # submitit's constructor refuses a machine without srun, on which a script can be written all the same.
     kind = type("SlurmExecutor", (submitit.SlurmExecutor,), {"affinity": lambda _: 1})
-    made = kind(folder)
+    made = kind(folder, python=_HOLDING if holds_signals else None)
     made.update_parameters(**parameters)
     return made
 

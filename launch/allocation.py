@@ -78,8 +78,7 @@ def _train(config: Config, job: str, arguments: list[str]) -> int:
             ranks.send_signal(signal.SIGUSR2)
 
     # Before anything that takes time: a signal would end this process, and nobody would requeue the job.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, forward)
+    slurm.take_signals(forward)
     _claim(config, job)
     # Here as well as in rank 0, whose exit code is lost where srun has to kill the ranks that wait for it.
     RunLock(config.folder).refuse_if_held(say=_say)

@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"this is inside job {os.environ['SLURM_JOB_ID']}, where the ranks start immediately: leave out the job's "
                 "flags, or unset SLURM_JOB_ID to submit another job"
             )
+        slurm.hold_signals()
         # Imported here, since it takes seconds, in which Ctrl-C is no traceback either.
         from launch import allocation
 

@@ -160,7 +160,9 @@ def _executor(configs: Sequence[Config], folder: Path) -> Any:
         "additional_parameters": options,
     }
     return slurm.executor(
-        folder.resolve() / "slurm", **{key: value for key, value in wanted.items() if value is not None}
+        folder.resolve() / "slurm",
+        holds_signals=True,
+        **{key: value for key, value in wanted.items() if value is not None},
     )
 
 

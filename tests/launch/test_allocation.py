@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,11 +22,12 @@ def config(tmp_path):
 
 @pytest.fixture
 def job(tmp_path):
-    """`job(code, *arguments)` starts a Python program in job 7; its squeue makes the file `asked` and takes 2 seconds."""
+    """`job(code, *arguments)` starts a Python program, or without code a command, in job 7; its squeue makes the file `asked` and takes 2 seconds."""
     scripts = {
         "squeue": f"touch {tmp_path}/asked; sleep 2",
         "scontrol": f'echo "$@" >> {tmp_path}/said; echo JobId=7 JobState=RUNNING BatchFlag=1',
         "srun": "echo the ranks were started; exit 3",
+        "sbatch": f"cp $1 {tmp_path}/batch.sh; echo Submitted batch job 7",
     }
     (tmp_path / "bin").mkdir()
     for name, script in scripts.items():
@@ -39,9 +41,15 @@ def job(tmp_path):
     }
 
     def start(code, *arguments):
-        words = [sys.executable, "-c", code, *map(str, arguments)]
+        words = [sys.executable, "-c", code] if code else []
         return subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*words, *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     return start
@@ -53,6 +61,36 @@ def test_a_signal_before_the_ranks_exist_requeues_the_job(config, job, tmp_path)
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR2)
+    output = process.communicate(timeout=LIMIT)[0]
+    assert process.returncode == 75, output
+    assert "the ranks were started" not in output
+    assert "requeue 7" in (tmp_path / "said").read_text()
+
+
+SUBMIT = """
+import os, sys
+from pathlib import Path
+from dist_train import slurm
+from launch import allocation
+slurm.submit(slurm.executor(Path(sys.argv[2]), holds_signals=True, use_srun=False), allocation.run_job, [(sys.argv[1], None)])
+"""
+
+
+@pytest.mark.parametrize("way", ["submitted", "sbatch"])
+def test_a_signal_while_the_batch_step_imports_requeues_the_job(config, job, tmp_path, way):
+    if way == "submitted":
+        submission = job(SUBMIT, config, tmp_path / "jobs")
+        assert submission.wait() == 0, submission.communicate()[0]
+        process = job(None, "bash", tmp_path / "batch.sh")
+    else:
+        process = job(None, sys.executable, "launch/slurm.py", config)
+    status = Path(f"/proc/{process.pid}/status")
+    held = 1 << (signal.SIGUSR2 - 1)
+    while not int(status.read_text().partition("SigBlk:")[2].split()[0], 16) & held:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    assert not (tmp_path / "asked").exists()
+    os.killpg(process.pid, signal.SIGUSR2)
     output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 75, output
     assert "the ranks were started" not in output
