@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from dist_train.arguments import OVERRIDES, Parser
 from dist_train.distributed.launcher import free_port
-from dist_train.errors import INTERRUPTED, USER_ERROR, ConfigError, UserError
+from dist_train.errors import INTERRUPTED, ConfigError, UserError
 from launch.node import Node, Place, stop_on_signals, visible_gpus
 
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_start(known.config, overrides, processes)
     except UserError as error:
         print(f"launch.local: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     if sys.stdout.isatty():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import psutil
 
 from dist_train.distributed.launcher import launcher_variable
-from dist_train.errors import USER_ERROR, ConfigError, UserError
+from dist_train.errors import ConfigError, UserError
 
 GRACE_SECONDS = 60.0
 """How long the processes may keep running after the process that started them is gone."""
@@ -148,7 +148,7 @@ def main() -> int:
         node = Node(Place(**order["place"]), order["module"], order["arguments"])
     except UserError as error:
         print(f"launch.nodes: {socket.gethostname()}: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
 
     def obey() -> None:
         for _ in sys.stdin:

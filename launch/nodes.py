@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dist_train.arguments import OVERRIDES, Parser
 from dist_train.distributed.launcher import free_port
-from dist_train.errors import INTERRUPTED, USER_ERROR, ConfigError, UserError
+from dist_train.errors import INTERRUPTED, ConfigError, UserError
 from launch.node import GRACE_SECONDS, Place, stop_on_signals
 
 REACH_SECONDS = 25
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         master = known.master_addr or _address(next(iter(hosts)))
     except UserError as error:
         print(f"launch.nodes: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     port = known.master_port or free_port()

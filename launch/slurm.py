@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from dist_train import slurm
 from dist_train.arguments import OVERRIDES, Parser
-from dist_train.errors import INTERRUPTED, USER_ERROR, SlurmError, UserError
+from dist_train.errors import INTERRUPTED, SlurmError, UserError
 
 if TYPE_CHECKING:
     from launch import submission
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return allocation.run(known.config, *overrides)
     except UserError as error:
         print(f"launch.slurm: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Sequence
@@ -17,14 +18,14 @@ from dist_train.data.order import Order
 from dist_train.data.split import KeptQuarantine, open_split, open_training
 from dist_train.distributed.group import Ranks
 from dist_train.distributed.lock import RunLock
-from dist_train.errors import ConfigError, DataError
+from dist_train.errors import ConfigError, DataError, StorageError, UserError
 from dist_train.loss import ExitDistillation
 from dist_train.models import MultiExitNetwork, build_model, load_pretrained
 from dist_train.models.cost import cost_columns
 from dist_train.training.outside_teachers import check_teachers
 from dist_train.training.resume import ResumePoint, resume_point
 from dist_train.training.zero import chosen_stage
-from shards.index import Index
+from shards.index import FILE, Index
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
     # In the order of cost: what takes no reading comes first, the network last.
     check_device(config, ranks.device)
     steps = accumulation_steps(config.train, ranks.world_size)
-    kept = KeptQuarantine(config.folder).read()
-    val = open_split(config.data, config.data.val, kept)
-    train = open_training(config.data, val.classes, kept)
+    val, train = _open_data(config)
     if train.classes != val.classes:
         raise DataError(
             f"{config.data.shards}: {config.data.train} and {config.data.val} have different classes; make them together"
@@ -125,6 +124,35 @@ def check_processes(config: Config, ranks: Ranks) -> tuple[Preflight, ResumePoin
     if resume is None:
         load_pretrained(ready.model, config.model)
     return ready, resume
+
+
+def _open_data(config: Config) -> tuple[Index, Index]:
+    """The indices of what the run validates and trains on."""
+    kept = KeptQuarantine(config.folder).read()
+    try:
+        val = open_split(config.data, config.data.val, kept)
+        return val, open_training(config.data, val.classes, kept)
+    except DataError:
+        gone = [place for place in _places(config) if isinstance(place, Path) and not (place / FILE).exists()]
+        if not gone or gone[0] not in _known_places(config):
+            raise
+        raise StorageError(
+            f"{gone[0]}: is not there, but it was when this run was submitted or last started; run the same command again when "
+            "its file system is mounted"
+        ) from None
+
+
+def _places(config: Config) -> list[Path | str]:
+    return [config.data.location(config.data.val), *config.data.training_locations]
+
+
+def _known_places(config: Config) -> list[Path | str]:
+    """Where earlier starts, or the submission, of this run have found its data."""
+    found = []
+    for name in ("config.yaml", "slurm/submitted.yaml"):
+        with contextlib.suppress(UserError):
+            found += _places(load_config(config.folder / name))
+    return found
 
 
 def _check_single_image(model: MultiExitNetwork, image_size: int) -> None:

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from dist_train import cli
-from dist_train.config_file import dump_config, make_config
+from dist_train.config_file import dump_config, load_config, make_config
+from launch import local
 from shards.index import Index
 from tests.common import ROOT, SMALL_MODEL
 
@@ -68,6 +69,26 @@ def test_shards_that_do_not_match_their_index_are_refused(config, own_shards, re
     assert "SHA-256" in refused("train", config, "--data.shards", own_shards)
     shard.unlink()
     assert "shard-000000.tar" in refused("train", config, "--data.shards", own_shards)
+
+
+def test_shards_that_were_there_are_waited_for_and_a_wrong_path_is_a_mistake(config, own_shards, capsys):
+    words = ["train", str(config), "--data.shards", str(own_shards)]
+    run = config.parent / "runs" / "try"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm" / "submitted.yaml").write_text(config.read_text())
+    own_shards.rename(own_shards.with_name("away"))
+    # Submitted, or started, with other shards: a path that was never right is no file system that is down.
+    assert cli.run(words) == 2
+    assert "no such folder of shards" in capsys.readouterr().err
+    (run / "config.yaml").write_text(dump_config(load_config(config, "--data.shards", str(own_shards))))
+    assert cli.run(words) == 1
+    said = capsys.readouterr().err
+    assert f"{own_shards / 'val'}: is not there, but it was" in said
+    assert said.count("\n") == 1
+    assert local.main(["-n", "1", *words[1:]]) == 1
+    # A mount point without what is mounted there.
+    own_shards.mkdir()
+    assert cli.run(words) == 1
 
 
 def test_a_label_outside_of_the_classes_is_refused(config, own_shards, refused):
