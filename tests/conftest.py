@@ -96,6 +96,7 @@ SLOW_TESTS = (
 
 EXTENDED = (
     "tests/launch/test_campaign.py",
+    "tests/launch/test_namespaces.py",
     "tests/launch/test_one_run.py::test_ranks_whose_launcher_is_killed_save_and_end[deepspeed]",
     "tests/launch/test_study.py::test_a_killed_study_goes_on_and_trains_no_finished_cell_again",
     "tests/dist_train/training/test_cifar.py",

@@ -1,6 +1,5 @@
 """Several nodes over a real sshd on loopback addresses: the same run as on one machine, bit for bit."""
 
-import getpass
 import os
 import shutil
 import signal
@@ -14,83 +13,22 @@ import torch
 from safetensors.torch import load_file
 
 from dist_train.config_file import dump_config, make_config
-from dist_train.distributed.launcher import free_port
 from dist_train.errors import ConfigError
 from dist_train.tracking.metrics import read_metrics
 from launch.nodes import read_hostfile
 from tests.common import LIMIT, ROOT, processes_of
-
-SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+from tests.launch.sshd import ssh_nodes
 
 
 @pytest.fixture
 def hosts(tmp_path):
     """Two host names, node1 and node2, that ssh finds at 127.0.0.1 and 127.0.0.2, in a hostfile of one process each."""
-    if SSHD is None or shutil.which("ssh") is None:
-        pytest.skip("no sshd or no ssh here: install openssh-server and openssh-client")
-    home = tmp_path / "ssh"
-    home.mkdir(mode=0o700)
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", home / name], check=True)
-    shutil.copy(home / "user.pub", home / "authorized")
-    port = free_port()
-    (home / "sshd_config").write_text(
-        f"Port {port}\nHostKey {home}/host\nPidFile none\n"
-        f"AuthorizedKeysFile {home}/authorized\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
-        "PermitRootLogin yes\n"
-    )
-    (home / "config").write_text(
-        "".join(f"Host node{n}\n  HostName 127.0.0.{n}\n  Port {port}\n" for n in (1, 2))
-        + f"Host silent\n  HostName 127.0.0.3\n  Port {free_port()}\n"
-        + f"Host *\n  User {getpass.getuser()}\n  IdentityFile {home}/user\n  StrictHostKeyChecking no\n"
-        "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
-    )
-    # The launchers call `ssh`: this one reads the test's configuration.
-    wrapper = home / "bin" / "ssh"
-    wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {home}/config "$@"\n')
-    wrapper.chmod(0o755)
-    Path("/run/sshd").mkdir(exist_ok=True)
     # A core for each node, as the ranks of one machine have: two threads would sum in another order than one.
     cores = sorted(os.sched_getaffinity(0))
-    servers = [
-        subprocess.Popen(
-            [
-                "taskset",
-                "-c",
-                str(cores[n % len(cores)]),
-                SSHD,
-                "-D",
-                "-e",
-                "-f",
-                home / "sshd_config",
-                "-o",
-                f"ListenAddress=127.0.0.{n + 1}",
-            ],
-            stderr=subprocess.DEVNULL,
-        )
-        for n in range(2)
-    ]
-    for number, server in enumerate(servers, start=1):
-        while subprocess.run([wrapper, f"node{number}", "true"], stderr=subprocess.DEVNULL).returncode:
-            assert server.poll() is None
-            time.sleep(0.1)
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("# two nodes\nnode1 slots=1\nnode2 slots=1  # the second one\n")
-    # PYTHONPATH and FAULT must arrive on the nodes: the network is found by the one, rank 1 is slow by the other.
-    yield (
-        hostfile,
-        os.environ
-        | {
-            "PATH": f"{wrapper.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-            "FAULT": "slow:1:0",
-            "DS_ACCELERATOR": "cpu",
-        },
-    )
-    for server in servers:
-        server.kill()
-        server.wait()
+    nodes = {f"127.0.0.{n + 1}": ["taskset", "-c", str(cores[n % len(cores)])] for n in range(2)}
+    with ssh_nodes(tmp_path, nodes) as (hostfile, environment):
+        # FAULT must arrive on the nodes: rank 1 is slow by it.
+        yield hostfile, environment | {"FAULT": "slow:1:0"}
 
 
 @pytest.fixture
