@@ -105,7 +105,8 @@ def _repeated(one: Checked) -> list[str]:
     pairs = np.stack([order[again - 1], order[again]], axis=1)
     pairs = pairs[np.argsort(pairs[:, 1])]
     other = int((one.index.label[pairs[:, 0]] != one.index.label[pairs[:, 1]]).sum())
-    text = f"{_name(one)}: {len(again)} images are there more than once, {other} of them with another label"
+    count = "1 image is there" if len(again) == 1 else f"{len(again)} images are there"
+    text = f"{_name(one)}: {count} more than once, {other} of them with another label"
     return [f"{text} ({_some([(_key(one, a), _key(one, b)) for a, b in pairs[:_NAMED]], len(pairs))})"]
 
 
@@ -116,7 +117,9 @@ def _shared(one: Checked, other: Checked) -> list[str]:
     if not len(here):
         return []
     named = [(_key(one, a), _key(other, b)) for a, b in zip(here[:_NAMED], there)]
-    return [f"{_name(one)} and {_name(other)}: share {len(here)} images ({_some(named, len(here))})"]
+    return [
+        f"{_name(one)} and {_name(other)}: share {len(here)} image{'s' if len(here) != 1 else ''} ({_some(named, len(here))})"
+    ]
 
 
 def _some(pairs: list[tuple[str, str]], total: int) -> str:

@@ -14,6 +14,7 @@ import sys
 import termios
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def train_all(configs: list[Config]) -> list[int]:
 
 def cpu_loader(
     index: Index,
-    folder: Path | str,
+    folder: Path | str | Sequence[Path | str],
     data: DataConfig,
     *,
     train: bool,

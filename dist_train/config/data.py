@@ -17,8 +17,8 @@ from dist_train.config.base import Natural, NotNegative, Positive, Section, Unit
 class PartConfig(Section):
     """One part of a mixture of images to train on."""
 
-    shards: UserPath
-    """Folder made by `dist-train shards make`, with one folder per split."""
+    shards: Annotated[Path | str, BeforeValidator(path_or_url)]
+    """Folder made by `dist-train shards make`, with one folder per split; or its URL."""
     split: str = "train"
     """Split of it."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ class Loader:
 
     Args:
         index: the split.
-        folder: where its shards are, a folder or a URL.
+        folder: where its shards are, a folder or a URL; of a mixture those of its parts.
         data: how images are varied and normalised; ``max_unreadable`` unreadable ones are tolerated.
         train: training (augmented, shuffled) or evaluation.
         seed: of the order and the augmentation.
@@ -92,7 +92,7 @@ class Loader:
     def __init__(
         self,
         index: Index,
-        folder: Path | str,
+        folder: Path | str | Sequence[Path | str],
         data: DataConfig,
         *,
         train: bool,
@@ -111,7 +111,8 @@ class Loader:
             else None
         )
         self._index = index
-        self._folder = folder
+        places = [folder] if isinstance(folder, Path | str) else folder
+        self._places = " and ".join(map(str, places))
         self._data = data
         self._train = train
         self._seed = seed
@@ -123,9 +124,10 @@ class Loader:
         self._labeled = index.label != UNLABELED
         self._epoch = 0
         self._order = np.arange(len(index))  # views, see order.py
-        self._cache = ShardCache(index, folder, data) if isinstance(folder, str) else None
+        urls = [place for place in places if isinstance(place, str)]
+        self._cache = ShardCache(index, urls, data) if urls else None
         keep = {"keep_open": 2 * data.shuffle_shards} if self._cache else {}
-        self._reader = ShardReader(index, index.folder or Path(folder), data.io_threads, self._cache, **keep)
+        self._reader = ShardReader(index, index.folder or Path(places[0]), data.io_threads, self._cache, **keep)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._running: Generator[Any, None, None] | None = None
         self._resized = True
@@ -143,11 +145,9 @@ class Loader:
     def of_run(cls, config: Config, index: Index, group: Group, *, split: str | None = None) -> Loader:
         """The loader for this rank of a run, of the images that it trains on, or of a split to evaluate."""
         ranks = group.ranks
-        # The shards of a mixture are named by whole paths, so that any of its folders will do.
-        folder = config.data.location(split) if split else config.data.training_locations[0]
         return cls(
             index,
-            folder,
+            [config.data.location(split)] if split else config.data.training_locations,
             config.data,
             train=split is None,
             seed=config.seed,
@@ -323,7 +323,7 @@ class Loader:
                     break
             else:
                 if self._train:
-                    raise DataError(f"no image can be read; check {self._folder} with `python -m shards check`")
+                    raise DataError(f"no image can be read; check {self._places} with `python -m shards check`")
                 ids[row] = NO_ID
                 size = self._data.image_size
                 image = torch.zeros(1, 3, size, size, device=self._device)

@@ -49,20 +49,26 @@ class ShardCache:
     """The shards of a split behind a URL, fetched when they are wanted and ahead of that.  For any number of threads.
 
     Args:
-        index: the split, its shards named as in the cache (:func:`dist_train.data.split.open_split` does it).
-        url: where its shards are.
+        index: the split, its shards named as in the cache (:func:`dist_train.data.split.open_split` does it), or a mixture
+            of such ones and of splits on this machine.
+        urls: where its shards are, of a mixture one for every part that is behind one.
         data: folder and size of the cache, and the window.
 
     Raises:
         ConfigError: the shards of a window do not fit into the cache.
     """
 
-    def __init__(self, index: Index, url: str, data: DataConfig) -> None:
-        self._shards, self._url = index.shards, url
-        self._folder = local_folder(data, url)
-        self._files = file_system(url)
+    def __init__(self, index: Index, urls: Sequence[str], data: DataConfig) -> None:
+        self._shards = index.shards
+        root = local_folder(data, urls[0]).parent
+        self._room_lock = root / ".room.lock"
+        # The shards of a mixture have whole names, with the folder of their part; those that lie elsewhere are not fetched.
+        places = {local_folder(data, url).resolve(): (url, file_system(url)) for url in urls}
+        self._paths = [local_folder(data, urls[0]).resolve() / shard.name for shard in index.shards]
+        self._places = [places.get(path.parent) for path in self._paths]
         self._limit = int(data.cache_gb * 1e9)
-        largest = sorted((shard.bytes for shard in index.shards), reverse=True)
+        fetched = (shard.bytes for shard, place in zip(index.shards, self._places) if place)
+        largest = sorted(fetched, reverse=True)
         # One shard more than a window, so that the next one can come while all of a window are in use.
         needed = sum(largest[: data.shuffle_shards + 1])
         if needed > self._limit:
@@ -71,7 +77,7 @@ class ShardCache:
                 f"{needed / 1e9:.3g} GB; raise it, or lower data.shuffle_shards"
             )
         # Half of the room is for what comes next, half for what is in use.
-        self._ahead = max(1, int(self._limit / 2 / max(1, largest[0])))
+        self._ahead = max(1, int(self._limit / 2 / max(1, *largest[:1])))
         self._sequence: Sequence[int] = ()
         self._place: dict[int, int] = {}
         self._reached = self._next = 0
@@ -103,7 +109,7 @@ class ShardCache:
             self._moved.notify_all()
         if shard in self._damaged:
             raise self._damaged[shard]
-        if self._used(shard):
+        if self._places[shard] is None or self._used(shard):
             return self.local(shard)
         # A download cannot be interrupted.  In a thread of its own, nobody has to wait for it once the cache is closed.
         obtained: Future[Path] = Future()
@@ -111,12 +117,18 @@ class ShardCache:
         either: tuple[Future[Any], ...] = (obtained, self._closed)
         wait(either, return_when=FIRST_COMPLETED)
         if not obtained.done():
-            raise StorageError(f"{self._url}: was closed while {self._shards[shard].name} was fetched")
+            raise StorageError(f"{self._url(shard)}: the cache was closed while it was fetched")
         return obtained.result()
 
     def local(self, shard: int) -> Path:
         """The file in which a shard is, or will be."""
-        return self._folder / self._shards[shard].name
+        return self._paths[shard]
+
+    def _url(self, shard: int) -> str:
+        """Where a shard comes from."""
+        place = self._places[shard]
+        assert place is not None
+        return f"{place[0]}/{self._paths[shard].name.removeprefix(_prefix(self._shards[shard]))}"
 
     def close(self) -> None:
         """End the fetching ahead, and the waiting for what is being fetched, without waiting for it: a stop is urgent."""
@@ -149,7 +161,7 @@ class ShardCache:
 
     def _obtain(self, shard: int, wait: bool) -> Path:
         target = self.local(shard)
-        if self._used(shard):
+        if self._places[shard] is None or self._used(shard):
             return target
         with _lock(target.with_name(f".{target.name}.lock"), wait) as mine:
             # Without waiting, a shard that another process fetches already is left to it.
@@ -176,14 +188,13 @@ class ShardCache:
             return False
 
     def _fetch(self, shard: int, target: Path) -> None:
-        expected = self._shards[shard]
+        expected, place = self._shards[shard], self._places[shard]
+        assert place is not None
         draft = target.with_name(f".{target.name}.{expected.bytes}.tmp")
         try:
             self._make_room(expected.bytes, draft)
             try:
-                fetch(
-                    self._files, f"{self._url}/{expected.name.removeprefix(_prefix(expected))}", draft, expected.sha256
-                )
+                fetch(place[1], self._url(shard), draft, expected.sha256)
             except (FileNotFoundError, PermissionError) as error:  # the index names it
                 raise StorageError(f"{error}; {_WHEN_IT_IS_BACK}") from None
             # Who makes room would else count it neither among the drafts nor among the shards, or in both.
@@ -194,11 +205,11 @@ class ShardCache:
 
     def _room(self) -> contextlib.AbstractContextManager[bool]:
         """Hold what is counted as it is."""
-        return _lock(self._folder.parent / ".room.lock")
+        return _lock(self._room_lock)
 
     def _make_room(self, wanted: int, draft: Path) -> None:
         """Remove what was not used for longest until there is room for the draft, which is begun."""
-        root = self._folder.parent
+        root = self._room_lock.parent
         with self._room():
             kept = []
             for path in root.glob("*/*.tar"):

@@ -52,6 +52,15 @@ def test_duplicates_are_found_within_and_between_splits(out: Path, capsys: pytes
     assert not (out / "train" / "quarantine.json").exists()
 
 
+def test_a_single_copy_is_one_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [Sample(f"{n}", "ab"[n % 2], picture(n % 3)) for n in range(4)]
+    samples.append(Sample("v", "a", picture(2), "val"))
+    make_samples(samples, tmp_path / "out", ShardSize())
+    printed = said(capsys, "check", tmp_path / "out")[1]
+    assert "train: 1 image is there more than once, 1 of them with another label" in printed
+    assert "train and val: share 1 image (" in printed
+
+
 def damage(folder: Path, sample: int, at: int, data: bytes) -> str:
     index = Index.load(folder, quarantine=False)
     with open(folder / index.shards[index.shard[sample]].name, "r+b") as file:

@@ -25,7 +25,7 @@ from dist_train.config import DataConfig
 from dist_train.data import remote
 from dist_train.data.order import epoch_order
 from dist_train.data.pipeline import Loader
-from dist_train.data.split import open_index
+from dist_train.data.split import open_index, open_training
 from dist_train.errors import ConfigError, DataError, StorageError
 from shards.index import Index
 from shards.make import ShardSize, make_samples
@@ -117,6 +117,26 @@ def test_processes_of_a_node_fetch_each_shard_once_and_read_what_is_there(
     assert {path: server.counts[path] for path in shards} == shards
     assert server.counts["/train/index.json"] == 4
     assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_a_mixture_of_urls_and_folders_is_that_of_folders(server: Server, digits: Path, tmp_path: Path) -> None:
+    def mixture(number: int, *places: Path | str) -> tuple[list[int], torch.Tensor]:
+        parts = [
+            {"shards": str(place), "where": f'class_name {word} ["0", "1"]', "weight": weight}
+            for place, word, weight in zip(places, ("in", "not in"), (2, 1))
+        ]
+        data = DataConfig.model_validate({"shards": digits, "cache": tmp_path / str(number), "train": parts})
+        index = open_training(data, Index.load(digits / "val").classes)
+        locations = data.training_locations
+        return pixels(cpu_loader(index, locations, data, train=True, seed=5, global_batch=48, micro_batch=16))
+
+    ids, images = mixture(0, digits, digits)
+    for number, places in enumerate([(server.url, digits), (digits, server.url), (server.url, server.url)], start=1):
+        server.counts.clear()
+        found, same = mixture(number, *places)
+        assert found == ids
+        assert same.equal(images)
+        assert server.counts["/train/shard-000000.tar"] == 1
 
 
 @pytest.mark.parametrize("late", [False, True])
