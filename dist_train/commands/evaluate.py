@@ -80,8 +80,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--calibration",
         metavar="SPLIT",
-        help="split that thresholds are fitted on (default: data.val where another split is tested, else half of the split, "
-        "with as many images of every class)",
+        help="split that thresholds are fitted on; of the one that is tested half is held out for that, with as many images of "
+        "every class (default: data.val where another split is tested, else that split)",
     )
     parser.add_argument(
         "--budgets", metavar="B,B,...", help="average multiply-adds per image to show, such as 12e6,2e7"

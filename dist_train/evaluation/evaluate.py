@@ -22,7 +22,7 @@ from dist_train.evaluation.report import Report
 from dist_train.evaluation.samples import SampleCollector, Samples
 from dist_train.evaluation.scores import fit_scoring
 from dist_train.evaluation.shift import Shifted, shifted
-from dist_train.evaluation.split import Ids, balanced, check_disjoint, copies, without_copies
+from dist_train.evaluation.split import Ids, Images, balanced, check_disjoint, copies, without_copies
 from dist_train.models import MultiExitNetwork
 from dist_train.models.cost import cost_columns
 from dist_train.precision import autocast
@@ -68,8 +68,9 @@ def evaluate(
         split: split of the shards (default: the run's ``data.val``).
         shards: folder of the shards (default: the run's).
         calibration: split on which thresholds and temperatures are fitted, on as many images of every class.  Default: the
-            run's ``data.val`` where another split is tested, else half of the split's images, as many of every class, chosen
-            by the SHA-256 of their names; budgets are then tested on the other ones, exits on all.
+            run's ``data.val`` where another split is tested, else that split.  Of the split that is tested half of the images
+            are taken, as many of every class, chosen by the SHA-256 of their names; budgets are then tested on the other
+            ones, exits on all.
         milliseconds: also measure the time per image and exit, one image at a time, as prediction computes it.
         cost: take the times from this file of ``dist-train bench predict --json`` instead.
         budgets: what :meth:`Report.budgeted` will be asked for: where it would refuse, that is before any image is read.
@@ -94,7 +95,8 @@ def evaluate(
     costs: dict[str, list[float]] = cost_columns(model, data.image_size)
     check_budgets(budgets, np.array(costs["multiply_adds"]), "multiply_adds", clamp)
     timing = None if cost is None else read_timing(cost, model.num_exits)
-    _check_calibration(fitting, bool(budgets) or shift, request, meta.fingerprint, index, trained.data)
+    fitted_on = Images(fitting.index or index, data, fitting.split)
+    _check_calibration(fitting, bool(budgets) or shift, request, meta.fingerprint, fitted_on, trained.data)
     group = Group(Ranks.from_env(), config.faults.group_minutes)
     model = model.to(group.device).eval()
     samples = _measure(model, index, split, config, group)
@@ -143,7 +145,7 @@ def _under_shift(report: Report, model: MultiExitNetwork, config: Config, group:
 
 
 def _check_calibration(
-    fitting: _Calibration, wanted: bool, request: Request | None, fingerprint: str, tested: Index, trained: DataConfig
+    fitting: _Calibration, wanted: bool, request: Request | None, fingerprint: str, images: Images, trained: DataConfig
 ) -> None:
     """Refuse, before any image is evaluated, what cannot be calibrated: without images, or on those of the training."""
     if (wanted or request is not None) and not len(fitting.ids):
@@ -155,19 +157,18 @@ def _check_calibration(
                 f"{fitting.name} has the images that the network was trained on (fingerprint {fingerprint[:12]}), which say "
                 "nothing about new ones; give another --calibration"
             )
-    fitting.notes.extend(_trained_on(fitting, tested, trained, refuse=request is not None))
+    fitting.notes.extend(_trained_on(fitting, images, trained, refuse=request is not None))
 
 
-def _trained_on(fitting: _Calibration, tested: Index, trained: DataConfig, refuse: bool) -> list[str]:
+def _trained_on(fitting: _Calibration, images: Images, trained: DataConfig, refuse: bool) -> list[str]:
     """A note about images that thresholds are fitted on and the network was trained on; a guarantee on such images is refused.
 
     Shards made anew, of a part or of more, have another fingerprint.
     """
-    index = tested if fitting.index is None else fitting.index
     seen: set[int] = set()
     for data, split in trained.training_splits:
         try:
-            seen |= set(copies(index, fitting.ids, open_index(data, split)).tolist())
+            seen |= set(copies(images, fitting.ids, Images(open_index(data, split), data, split)).tolist())
         except UserError as error:
             unknown = f"whether {fitting.name} has images that the network was trained on is not known: {error}"
             return [unknown] if refuse else []
@@ -182,8 +183,14 @@ def _trained_on(fitting: _Calibration, tested: Index, trained: DataConfig, refus
 
 
 def _exists(data: DataConfig, split: str) -> bool:
-    folder = data.location(split)
-    return isinstance(folder, Path) and (folder / "index.json").exists()
+    place = data.location(split)
+    if isinstance(place, Path):
+        return (place / "index.json").exists()
+    try:
+        open_index(data, split)
+    except DataError:
+        return False
+    return True
 
 
 def _open(data: DataConfig, split: str, classes: list[str], path: Path) -> Index:
@@ -203,9 +210,9 @@ def _choose_calibration(
     name = given
     if name is None and split != data.val and _exists(data, data.val):
         name = data.val
-    if name is None:
+    if name is None or name == split:
         half = balanced(index, share=0.5)
-        ids = without_copies(index, half)
+        ids = without_copies(Images(index, data, split), half)
         note = (
             f"budgets: thresholds fitted on {len(ids)} images of {split}, as many of every class, tested on the others"
         )
@@ -214,17 +221,13 @@ def _choose_calibration(
         if not len(ids):
             note = f"no budgets: {split} has a class with fewer than two labeled images; give --calibration a split"
         return _Calibration(f"half of {split}", split, None, ids, [note], index.fingerprint)
-    if name == split:
-        raise DataError(
-            f"--calibration {name} is the split that is tested; give another one, or none to hold out half of it"
-        )
     if os.path.realpath(data.location(name)) in map(os.path.realpath, trained.training_locations):
         raise DataError(
             f"--calibration {name} is what the network was trained on, where it is surer than on new images; give another "
-            f"one, or none to hold out half of {split}"
+            f"one, or --calibration {split} to hold out half of it"
         )
     other = _open(data, name, classes, path)
-    check_disjoint(other, index, (name, split))
+    check_disjoint(Images(other, data, name), Images(index, data, split))
     ids = balanced(other)
     note = f"budgets: thresholds fitted on {len(ids)} images of {name}, as many of every class"
     if not len(ids):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_train.config import DataConfig
 from dist_train.data.reader import ShardReader
+from dist_train.data.remote import ShardCache
 from dist_train.errors import DataError, StorageError
 from shards.index import Index
 
@@ -31,46 +34,60 @@ def balanced(index: Index, share: float = 1.0) -> Ids:
     return np.array(sorted(sample for members in by_class for sample in members[:each]), dtype=np.int64)
 
 
-def check_disjoint(calibration: Index, test: Index, names: tuple[str, str]) -> None:
+@dataclass(frozen=True)
+class Images:
+    """A split whose images can be read: its index, and the name under which ``data`` has its shards."""
+
+    index: Index
+    data: DataConfig
+    split: str
+
+
+def check_disjoint(calibration: Images, test: Images) -> None:
     """Refuse a calibration split that holds images, byte for byte, of the test split.
 
     Raises:
         DataError: names the first of them.
     """
-    same = _found_in(calibration, np.arange(len(calibration)), test, np.arange(len(test)))
+    same = _found_in(calibration, np.arange(len(calibration.index)), test, np.arange(len(test.index)))
     if len(same):
-        key = calibration.key[same[0]].decode()
+        key = calibration.index.key[same[0]].decode()
         raise DataError(
-            f"{len(same)} images of {names[0]} are in {names[1]} as well (the first is {key}); thresholds must not be "
-            "fitted on images that are tested: give another --calibration, or none to hold out half of the split"
+            f"{len(same)} images of {calibration.split} are in {test.split} as well (the first is {key}); thresholds must not be "
+            f"fitted on images that are tested: give another --calibration, or --calibration {test.split} to hold out half of it"
         )
 
 
-def copies(index: Index, ids: Ids, other: Index) -> Ids:
+def copies(images: Images, ids: Ids, other: Images) -> Ids:
     """Those of ``ids`` that are in ``other`` as well, byte for byte and under the same name, as parts of one data set are."""
-    named = ids[np.isin(index.key[ids], other.key)]
-    return _found_in(index, named, other, np.flatnonzero(np.isin(other.key, index.key[named])))
+    key, others = images.index.key, other.index.key
+    named = ids[np.isin(key[ids], others)]
+    return _found_in(images, named, other, np.flatnonzero(np.isin(others, key[named])))
 
 
-def without_copies(index: Index, ids: Ids) -> Ids:
+def without_copies(images: Images, ids: Ids) -> Ids:
     """Those of ``ids`` of which the rest of the split has no copy, byte for byte."""
-    rest = np.setdiff1d(np.arange(len(index)), ids)
-    return np.setdiff1d(ids, _found_in(index, ids, index, rest))
+    rest = np.setdiff1d(np.arange(len(images.index)), ids)
+    return np.setdiff1d(ids, _found_in(images, ids, images, rest))
 
 
-def _found_in(index: Index, ids: Ids, other: Index, others: Ids) -> Ids:
-    """Those of ``ids`` that are, byte for byte, among ``others`` of the other index; only what has a size of theirs is read."""
-    common = np.intersect1d(index.size[ids], other.size[others])
-    digests = {digest for _, digest in _digests(other, others[np.isin(other.size[others], common)])}
-    candidates = ids[np.isin(index.size[ids], common)]
-    return np.array([sample for sample, digest in _digests(index, candidates) if digest in digests], dtype=np.int64)
+def _found_in(images: Images, ids: Ids, other: Images, others: Ids) -> Ids:
+    """Those of ``ids`` that are, byte for byte, among ``others`` of the other split; only what has a size of theirs is read."""
+    size, sizes = images.index.size, other.index.size
+    common = np.intersect1d(size[ids], sizes[others])
+    digests = {digest for _, digest in _digests(other, others[np.isin(sizes[others], common)])}
+    candidates = ids[np.isin(size[ids], common)]
+    return np.array([sample for sample, digest in _digests(images, candidates) if digest in digests], dtype=np.int64)
 
 
-def _digests(index: Index, samples: Ids) -> Iterable[tuple[int, bytes]]:
+def _digests(images: Images, samples: Ids) -> Iterable[tuple[int, bytes]]:
     if not len(samples):
         return
+    index, place = images.index, images.data.location(images.split)
     assert index.folder is not None, "only an index that was loaded has images"
-    reader = ShardReader(index, Path(index.folder))
+    # Behind a URL, an image that nobody has fetched yet may be a copy as well.
+    cache = ShardCache(index, [place], images.data) if isinstance(place, str) else None
+    reader = ShardReader(index, Path(index.folder), cache=cache)
     try:
         for sample in samples.tolist():
             try:
@@ -79,3 +96,5 @@ def _digests(index: Index, samples: Ids) -> Iterable[tuple[int, bytes]]:
                 continue  # evaluation says which images cannot be read
     finally:
         reader.close()
+        if cache:
+            cache.close()

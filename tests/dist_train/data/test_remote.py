@@ -27,6 +27,8 @@ from dist_train.data.order import epoch_order
 from dist_train.data.pipeline import Loader
 from dist_train.data.split import open_index, open_training
 from dist_train.errors import ConfigError, DataError, StorageError
+from dist_train.evaluation.evaluate import _exists
+from dist_train.evaluation.split import Images, check_disjoint
 from shards.index import Index
 from shards.make import ShardSize, make_samples
 from shards.sources import Sample
@@ -332,6 +334,20 @@ def test_closing_does_not_wait_for_a_download(server: Server, digits: Path, tmp_
     assert not release.is_set()
     assert "was closed while" in str(*errors)
     release.set()
+
+
+def test_copies_are_found_among_images_that_nobody_has_fetched_yet(
+    server: Server, digits: Path, tmp_path: Path
+) -> None:
+    data = DataConfig(shards=server.url, cache=tmp_path / "cache")
+    behind = Images(open_index(data, "val"), data, "val")
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    here = Images(Index.load(digits / "val"), DataConfig(shards=digits), "val")
+    with pytest.raises(DataError, match=r"360 images of val are in val as well.*or --calibration val to hold out half"):
+        check_disjoint(behind, here)
+    # The split that calibrates by default is looked for behind the URL as well.
+    assert _exists(data, "val")
+    assert not _exists(data, "test")
 
 
 def test_other_file_systems(digits: Path, tmp_path: Path, make_loader: MakeLoader) -> None:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dist_train.config import DataConfig
 from dist_train.evaluation.samples import SampleCollector
-from dist_train.evaluation.split import _digests, balanced, without_copies
+from dist_train.evaluation.split import Images, _digests, balanced, without_copies
 from dist_train.tracking.outcomes import RIGHT, unpack
 from shards.index import Index
 from tests.common import LIMIT
@@ -245,8 +246,9 @@ def test_of_copies_within_a_split_none_is_on_both_sides(command, tmp_path):
     assert made.returncode == 0, made.stderr
     index = Index.load(tmp_path / "made" / "val")
     half = balanced(index, 0.5)
-    ids = without_copies(index, half)
-    content = dict(_digests(index, np.arange(80)))
+    images = Images(index, DataConfig(shards=tmp_path / "made"), "val")
+    ids = without_copies(images, half)
+    content = dict(_digests(images, np.arange(80)))
     assert len(set(content.values())) == 40
     assert 0 < len(ids) < len(half) == 40
     assert {content[one] for one in half} & {content[one] for one in np.setdiff1d(np.arange(80), half)}
@@ -257,16 +259,16 @@ def test_bad_input_is_one_line(run_folder, digits, refused, tmp_path):
     shards = shutil.copytree(digits, tmp_path / "shards")
     shutil.copytree(shards / "val", shards / "again")
     assert "no checkpoint here; give a run folder" in refused("eval", tmp_path)
-    assert "--calibration val is the split that is tested" in refused("eval", run_folder, "--calibration", "val")
     assert "--calibration train is what the network was trained on" in refused(
         "eval", run_folder, "--calibration", "train"
     )
     assert "no such folder of shards" in refused("eval", run_folder, "--calibration", "kept")
     said = refused("eval", run_folder, "--shards", shards, "--calibration", "again")
     assert "360 images of again are in val as well" in said
-    assert "360 images of val are in again as well" in refused(
-        "eval", run_folder, "--shards", shards, "--split", "again"
-    )
+    # The default here is val, so that to give none is no remedy.
+    said = refused("eval", run_folder, "--shards", shards, "--split", "again")
+    assert "360 images of val are in again as well" in said
+    assert "--calibration again to hold out half of it" in said
     assert "--budgets is 'lots'; give multiply-adds" in refused("eval", run_folder, "--budgets", "1M,lots")
     (tmp_path / "file").write_text("")
     assert "cannot be written; give another folder" in refused("eval", run_folder, "--out", tmp_path / "file")
