@@ -68,15 +68,13 @@ def evaluate(
         split: split of the shards (default: the run's ``data.val``).
         shards: folder of the shards (default: the run's).
         calibration: split on which thresholds and temperatures are fitted, on as many images of every class.  Default: the
-            run's ``data.val`` where another split is tested, else that split.  Of the split that is tested half of the images
-            are taken, as many of every class, chosen by the SHA-256 of their names; budgets are then tested on the other
-            ones, exits on all.
+            run's ``data.val`` where another split is tested, else that split.  Of the split that is tested it is half, chosen
+            by the SHA-256 of their names; budgets are then tested on the other ones, exits on all.
         milliseconds: also measure the time per image and exit, one image at a time, as prediction computes it.
         cost: take the times from this file of ``dist-train bench predict --json`` instead.
         budgets: what :meth:`Report.budgeted` will be asked for: where it would refuse, that is before any image is read.
         clamp: as it will be given there.
-        request: risks to guarantee, on the calibration images.
-        shift: also measure the split under corruptions.
+        request, shift: risks to guarantee, on the calibration images; whether to measure the split under corruptions as well.
 
     Returns: the same report on every rank.
 
