@@ -1,5 +1,6 @@
-"""The scripts of docs/examples run as their first lines say, on tiny data, and print what they promise."""
+"""The scripts and the notebook of docs/examples run as their first lines say, on tiny data, and print what they promise."""
 
+import json
 import os
 import re
 import shutil
@@ -41,6 +42,28 @@ def example(place):
 def test_every_example_is_run_here():
     names = {path.name for path in EXAMPLES.glob("*.py")}
     assert names == set(re.findall(r'example\("(\w+\.py)"', (ROOT / "tests" / "test_examples.py").read_text()))
+
+
+def test_the_notebook_runs_cell_by_cell(place):
+    cells = json.loads((EXAMPLES / "first_steps.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in code), "outputs are kept out of the repository"
+    sources = ["".join(cell["source"]) for cell in code]
+    short = sources[0].replace('"--train.epochs", "3"', ", ".join(f'"{word}"' for word in TINY))
+    assert short != sources[0]
+    (place / "cells.json").write_text(json.dumps([short, *sources[1:]]))
+    # Each cell as a notebook runs it: by itself, in the variables of those before.
+    program = (
+        "import json; known = {}\nfor cell in json.load(open('cells.json')): exec(compile(cell, 'cell', 'exec'), known)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=place, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.findall(r"exit (\d): [\d.]+ M multiply-adds, top-1 [\d.]+ %", result.stdout) == ["1", "2", "3"]
+    assert len(re.findall(r"budget [\d.]+ M: top-1 [\d.]+ %, images per exit( [\d.]+ %,?){3}", result.stdout)) == 3
+    assert re.search(r"exit 1: \d, confidence [\d.]+", result.stdout)
 
 
 def test_own_network_and_its_budget_served(example, place):
