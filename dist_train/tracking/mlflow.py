@@ -187,6 +187,21 @@ def forget_checkpoint(client: Any, model_id: str) -> None:
             raise
 
 
+def watch_machine(uri: str, run_id: str) -> Any:
+    """Let a thread of MLflow log this machine's processor, memory, disk, network and GPUs to a run; its ``finish`` ends that.
+
+    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL are the seconds between two points (10).  None where
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false.
+    """
+    if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() in ("false", "0"):
+        return None
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor
+
+
 def log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
     """Log a run's settings, which MLflow lets nobody change later."""
     from mlflow.entities import Param
@@ -237,11 +252,11 @@ def _client(uri: str) -> Any:
     quiet = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
     for name, value in (bounds | quiet).items():
         os.environ.setdefault(name, value)
-    # Both log an error and raise it as well; the caller that catches it reports it once.
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     from mlflow.tracking import MlflowClient
 
+    # Both log an error and raise it as well; the caller that catches it reports it once.  The import sets MLflow's own level.
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return MlflowClient(tracking_uri=uri)
 
 

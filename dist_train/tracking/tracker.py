@@ -7,10 +7,11 @@ import logging
 import os
 import threading
 import time
+from typing import Any
 
 from dist_train.config import Config
 from dist_train.tracking.mirror import Mirror, SyncState
-from dist_train.tracking.mlflow import PARENT, reason, tracking_uri
+from dist_train.tracking.mlflow import PARENT, reason, tracking_uri, watch_machine
 
 log = logging.getLogger("dist_train")
 
@@ -25,6 +26,7 @@ class Tracker:
         self.uri = tracking_uri(config)
         self._state = SyncState(config.folder)
         self._open = False
+        self._machine: Any = None
         self._warned = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -86,8 +88,11 @@ class Tracker:
                 if not self._open:
                     self._mirror.open()
                     self._open = True
+                    if not last:
+                        self._watch_machine()
                 self._mirror.send()
                 if last:
+                    self._leave_machine()
                     self._mirror.finish()
             except Exception as error:  # whatever MLflow raises: the mirror must never end the run
                 # Opened again at the next try: the server may have been restarted, and may have lost the run.
@@ -95,6 +100,20 @@ class Tracker:
                 self._warn(reason(error))
             if last:
                 return
+
+    def _watch_machine(self) -> None:
+        # Anew after every outage, which ends MLflow's thread, and for another run, where the server has lost the one before.
+        self._leave_machine()
+        assert self.uri is not None
+        assert self.run_id is not None
+        # What MLflow cannot measure here must not keep the run's own metrics from it.
+        with contextlib.suppress(Exception):
+            self._machine = watch_machine(self.uri, self.run_id)
+
+    def _leave_machine(self) -> None:
+        if self._machine is not None:
+            self._machine.finish()
+        self._machine = None
 
     def _warn(self, reason: str) -> None:
         if not self._warned:

@@ -2,14 +2,19 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from dist_train.config_file import dump_config, make_config
+from dist_train.config_file import dump_config, load_config, make_config
 from dist_train.errors import TrackingError
 from dist_train.tracking.mirror import SyncState, sync
+from dist_train.tracking.mlflow import watch_machine
 from dist_train.tracking.tracker import Tracker
+from tests.common import LIMIT, ROOT
 
 
 @pytest.fixture
@@ -153,3 +158,36 @@ def test_columns_data_and_checkpoints_are_there_once_however_often_they_are_sent
     state.update(models={})
     sync(folder)
     assert models("val/mean_top1") == [second]
+
+
+def test_the_machine_is_logged_while_a_run_is_tracked_and_goes_on_with_it(run, client, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    name = "system/cpu_utilization_percentage"
+    folder = run("r")
+
+    def steps():
+        return [point.step for point in client.get_metric_history(run_id(folder), name)]
+
+    for _ in range(2):
+        before = steps()
+        tracker = Tracker(load_config(folder / "config.yaml"), {"command": "x"})
+        while len(steps()) < len(before) + 2:
+            time.sleep(0.05)
+        tracker.close("FINISHED")
+        after = steps()
+        assert after == sorted(set(after)), "a resume goes on behind the last point"
+    assert client.get_run(run_id(folder)).info.status == "FINISHED"
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    assert watch_machine("sqlite:///nowhere", "none") is None
+
+
+def test_a_new_store_is_made_and_a_machine_watched_without_a_word(tmp_path):
+    code = """
+import sys
+from dist_train.tracking.mlflow import connect, watch_machine
+client, experiment = connect(sys.argv[1], "e")
+watch_machine(sys.argv[1], client.create_run(experiment).info.run_id).finish()
+"""
+    words = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/new.db"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
