@@ -14,7 +14,7 @@ def run(arguments: list[str]) -> int:
     parser = Parser(
         "dist-train watch",
         description="Show how a run is doing until it ends: loss, exits, temperature, throughput, time left. It reads the run "
-        "folder alone, needs no MLflow, and changes nothing; a run that has not started is waited for. Ctrl-C leaves.",
+        "folder alone, needs no MLflow, and leaves the run as it is; a run that has not started is waited for. Ctrl-C leaves.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, such as runs/NAME")
     parser.add_argument(

@@ -77,7 +77,7 @@ class ShardCache:
                 f"{needed / 1e9:.3g} GB; raise it, or lower data.shuffle_shards"
             )
         # Half of the room is for what comes next, half for what is in use.
-        self._ahead = max(1, int(self._limit / 2 / max(1, *largest[:1])))
+        self._ahead = max(1, int(self._limit / 2 / max([1, *largest[:1]])))
         self._sequence: Sequence[int] = ()
         self._place: dict[int, int] = {}
         self._reached = self._next = 0
