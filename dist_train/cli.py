@@ -20,6 +20,7 @@ VERBS = {
     "eval": "evaluate",
     "predict": "predict",
     "export": "export",
+    "push": "push",
     "compare": "compare",
     "study": "study",
     "watch": "watch",
@@ -51,6 +52,7 @@ Distributed training of multi-exit image classifiers by distillation.
   dist-train sync RUN        send MLflow what it missed of a run while its server was away
   dist-train predict RUN IMAGES...   class, confidence and exit of image files, stopping early
   dist-train export RUN      a folder of ONNX programs and a runner that stops early, without torch
+  dist-train push RUN ORG/NAME       share a network on the Hugging Face Hub, with a model card
   dist-train convert FILE OUTPUT     convert a public MSDNet checkpoint
   dist-train bench WHAT      measure this machine: compare, data, eval, loss, model, order, predict, shards, start, step
   dist-train schema          the JSON schema of a configuration, for editors

@@ -64,5 +64,9 @@ class TrackingError(UserError):
     """A run cannot be mirrored in MLflow."""
 
 
+class HubError(UserError):
+    """A repository of the Hugging Face Hub is missing, closed to this account, or cannot be reached."""
+
+
 class SlurmError(UserError):
     """SLURM is not there, or does not offer what a job asks for."""

@@ -48,8 +48,9 @@ def draft_folder_of(path: Path) -> Iterator[Path]:
         draft.mkdir(parents=True)
         yield draft
         mode = 0o666 & ~_umask()
-        for file in draft.iterdir():
-            file.chmod(mode)  # safetensors makes files that only their owner can read; the umask decides instead
+        for file in draft.rglob("*"):
+            if not file.is_dir():
+                file.chmod(mode)  # safetensors makes files that only their owner can read; the umask decides instead
             flush(file)
         # The files first, then the folder's entries, then the rename: whatever is at `path` is whole at any time.
         flush(draft)

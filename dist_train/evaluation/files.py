@@ -13,6 +13,7 @@ from dist_train.evaluation.page import html_page, shift_table, timing_lines
 from dist_train.evaluation.plots import pictures
 from dist_train.evaluation.report import BudgetPoint, Report
 from dist_train.files import write_whole
+from dist_train.hub import is_address
 from dist_train.render.table import csv_of_dicts
 from dist_train.tracking.mirror import SyncState
 from dist_train.tracking.mlflow import log_report, unusable
@@ -21,6 +22,8 @@ from dist_train.training import checkpoint
 
 def check_writable(run: str | Path, out: str | Path | None) -> None:
     """Refuse a folder that cannot be written to, before the work of an evaluation; raises DataError."""
+    if is_address(run) and not out:
+        raise DataError(f"{run}: a report cannot be written there; give a folder of your own with --out")
     folder = Path(out) if out else checkpoint.run_folder(checkpoint.find(run))
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -21,6 +21,7 @@ from dist_train.export.parity import compare
 from dist_train.export.programs import versions, write_programs
 from dist_train.export.readme import exit_milliseconds, readme_text
 from dist_train.files import draft_folder_of
+from dist_train.hub import is_address
 from dist_train.models.cost import exit_costs
 from dist_train.training import checkpoint
 from shards.index import Index
@@ -45,6 +46,8 @@ def export(
         UserError: the network cannot be cut or expressed, the thresholds do not fit it, or the programs do
             not compute what the network computes.
     """
+    if is_address(path) and not out:
+        raise ConfigError(f"{path}: an export cannot be written there; give a folder of your own with --out")
     path = checkpoint.find(path)
     folder = Path(out).resolve() if out else checkpoint.run_folder(path) / "export"
     if folder == Path.cwd():

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dist_train.config import Config
@@ -34,7 +35,9 @@ from dist_train.config_file import dump_config, load_config
 from dist_train.data.unreadable import BadSample
 from dist_train.errors import CheckpointError
 from dist_train.files import DRAFT, draft_folder_of, sha256
+from dist_train.hub import is_address
 from dist_train.models import MultiExitNetwork, build_model
+from dist_train.training import published
 
 FORMAT = 2
 WEIGHTS = ("model.safetensors", "config.yaml", "state.json")
@@ -113,11 +116,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
                 save_file({key: value.contiguous() for key, value in content.items()}, draft / f"{name}.safetensors")
             (draft / "state.json").write_text(json.dumps(asdict(checkpoint.meta), indent=1))
             (draft / "config.yaml").write_text(dump_config(checkpoint.config))
-            files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(draft.iterdir())
-            }
-            # Last, because it has the hashes of all the others.
-            (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+            write_manifest(draft)
     except Exception as error:
         if isinstance(error, OSError):
             raise
@@ -125,6 +124,12 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         number = re.search(r"os error (\d+)", str(error))
         raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
     return target
+
+
+def write_manifest(folder: Path) -> None:
+    """List all files of a folder in its ``manifest.json``, which is written last, with size and hash."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
 
 
 def set_link(folder: Path, name: str, target: Path) -> None:
@@ -236,11 +241,15 @@ def read(path: Path) -> Checkpoint:
 def find(path: str | Path) -> Path:
     """The checkpoint that a path stands for: itself, or the best (else the newest) of a run folder.
 
-    A folder of weights works as well: the files of a checkpoint that its network needs, without a manifest.
+    A folder of weights works as well: the files of a checkpoint that its network needs, without a manifest.  So does a
+    repository of the Hugging Face Hub, ``hf://ORG/NAME``, which is fetched.
 
     Raises:
         CheckpointError: there is none.
+        UserError: a repository cannot be fetched, or would run code.
     """
+    if is_address(path):
+        return published.fetch(path, WEIGHTS, ("manifest.json", "report.json"))
     path = Path(path)
     if (path / "manifest.json").is_file() or all((path / name).is_file() for name in WEIGHTS):
         return path.resolve()
@@ -281,23 +290,34 @@ def load_model(path: str | Path, weights: str = "evaluated") -> MultiExitNetwork
     """The network of a run folder or checkpoint as a plain module in evaluation mode, without DeepSpeed or pickle.
 
     Args:
-        path: a run folder (its best checkpoint), or one checkpoint.
+        path: a run folder (its best checkpoint), one checkpoint, or a repository ``hf://ORG/NAME``.
         weights: "evaluated" (the moving average where one was kept, as evaluation uses it), or "raw".
 
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
+        UserError: a repository that cannot be fetched, or that would run code.
     """
     path = find(path)
     # Folders of weights made by hand have no manifest.
     if (path / "manifest.json").is_file():
         verify(path)
     config = load_config(path / "config.yaml")
-    classes = _json(path / "state.json")["classes"]
+    classes = _json(path / "state.json").get("classes")
+    if not isinstance(classes, list):
+        raise CheckpointError(f"{path}: state.json is damaged (it does not name the classes)")
     model = build_model(config.model, len(classes), config.data.image_size)
-    averaged = path / "averaged.safetensors"
-    file = averaged if weights == "evaluated" and averaged.exists() else path / "model.safetensors"
-    load_weights(model, load_file(file), path)
+    try:
+        tensors = load_file(path / "model.safetensors" if weights == "raw" else evaluated_weights(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: its weights are damaged ({error})") from None
+    load_weights(model, tensors, path)
     return model.eval()
+
+
+def evaluated_weights(path: Path) -> Path:
+    """The file of a checkpoint that evaluation takes the weights from: their moving average where one was kept."""
+    averaged = path / "averaged.safetensors"
+    return averaged if averaged.exists() else path / "model.safetensors"
 
 
 def load_weights(model: MultiExitNetwork, weights: Mapping[str, torch.Tensor], path: Path) -> None:

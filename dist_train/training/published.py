@@ -1,0 +1,60 @@
+"""What is fetched from a repository of the Hugging Face Hub, which anybody may have written, before it is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_train import hub
+from dist_train.config import Config, FunctionConfig, LibraryConfig
+from dist_train.config_file import load_config
+from dist_train.errors import CheckpointError
+
+_LIBRARY_NAME = re.compile(r"(?:timm|torchvision)/[\w.]+|transformers/\w+", re.ASCII)
+
+
+def fetch(path: str | Path, needed: Sequence[str], optional: Sequence[str]) -> Path:
+    """The local folder of a repository ``hf://ORG/NAME``, whose network can be built without running code that it names.
+
+    Args:
+        path: the address.
+        needed: files without which it holds no network.
+        optional: further files to fetch where it has them.
+
+    Raises:
+        UserError: there is no such repository, it holds no network of ours, or one that runs code.
+    """
+    address = hub.parse_address(path)
+    folder = hub.fetch(address, [*needed, *optional])
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{address}: holds no network that `dist-train push` wrote, it has no {missing[0]}")
+    if reason := _runs_code(load_config(folder / "config.yaml")):
+        raise CheckpointError(
+            f"{address}: {reason}; if you trust it, run `hf download {address.repository} --local-dir FOLDER` and load FOLDER"
+        )
+    return folder
+
+
+def _runs_code(config: Config) -> str:
+    """Why building this network could run code that the configuration chooses; empty where it cannot.
+
+    Libraries take the names of modules, of repositories and of files among their options, so an option may be no text.
+    """
+    network = config.model
+    if not isinstance(network, FunctionConfig):
+        return ""
+    if not isinstance(network, LibraryConfig):
+        return f"its network is made by {network.name}, a function that the repository chooses"
+    if not _LIBRARY_NAME.fullmatch(network.name):
+        return f"its network is {network.name}, which is looked up elsewhere"
+    chosen = [name for name, value in network.options.items() if not _is_number(value)]
+    return f"its network has the option {chosen[0]}, which is no number" if chosen else ""
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_number, value))
+    return value is None or isinstance(value, int | float)
