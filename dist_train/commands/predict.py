@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     output = Path(known.output) if known.output else None
     if output and (output.is_dir() or not os.access(output.parent, os.W_OK)):  # said before the work, not after it
         raise DataError(f"{output}: cannot be written, it is a folder or in none; give another --output")
-    predictor = Predictor(known.run, policy, known.batch, reference, known.precision, known.deadline)
+    predictor = Predictor(known.run, policy, known.batch, reference, known.precision, known.deadline, len(files))
     if known.exit is not None:
         predictor.policy = at_exit(known.exit, predictor.num_exits)
     done = []

@@ -77,6 +77,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The tensors are kept alive: the id of a freed tensor can be reused.
         self._costs: dict[int, tuple[Tensor, ExitCost]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and torch would import its compiler to keep it out, which takes seconds."""
+        return False
+
     def cost(self) -> ExitCost:
         """All operations so far."""
         return ExitCost(self._macs, sum(self._parameters.values()))

@@ -75,6 +75,7 @@ class Predictor:
         precision: fp32, bf16 or fp16; None: of fp32 and that of the training the one that is faster here.
         deadline_ms: instead of a policy: every image exits at the last exit that a batch reaches within so many
             milliseconds, as measured here at the start.
+        expected: how many images will come, where that is known; for few of them the network is not cut, which takes seconds.
 
     Attributes:
         network: on its device, in evaluation mode, cut into stages where it can be (:func:`~dist_train.prediction.for_inference`).
@@ -90,6 +91,7 @@ class Predictor:
         reference: Reference | None = None,
         precision: str | None = None,
         deadline_ms: float | None = None,
+        expected: int | None = None,
     ) -> None:
         if batch < 1:
             raise ConfigError(f"--batch is {batch}; it must be at least 1")
@@ -113,7 +115,7 @@ class Predictor:
         self._decoder = _decoder(config.data, batch, ranks)
         self._single = _decoder(config.data, 1, ranks)
         self._costs = [cost.macs for cost in exit_costs(network, config.data.image_size, lazy=True)]
-        self.network = for_inference(network, config.data.image_size)
+        self.network = for_inference(network, config.data.image_size, expected if deadline_ms is None else None)
         self._full: list[float] = []
         self._times: list[float] = []
         self._exits: list[int] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -181,3 +183,12 @@ def test_counting_leaves_no_trace() -> None:
 
 def test_cost_is_a_value() -> None:
     assert ExitCost(1, 2) == ExitCost(1, 2)
+
+
+def test_counting_does_not_import_the_compiler():
+    """It takes seconds, at the start of every command that says what an exit costs."""
+    code = (
+        "import sys; from dist_train import MSDNet; from dist_train.models.cost import exit_costs;"
+        "exit_costs(MSDNet(10, exits=2), 32, lazy=True); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

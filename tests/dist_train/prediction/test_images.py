@@ -85,6 +85,15 @@ def test_files_get_the_logits_that_evaluation_gives(run, photos, digits):
         assert {p.exit for p in done} == {3}
 
 
+def test_for_few_images_the_network_is_not_cut(run, photos):
+    folder, _ = run
+    few, many = (Predictor(folder, at_exit(2, 3), expected=expected) for expected in (499, 500))
+    assert [isinstance(one.network, StagedNetwork) for one in (few, many)] == [False, True]
+    files = sorted(photos.iterdir())
+    expected = [(p.label, pytest.approx(p.confidence, abs=1e-5), p.exit) for p in many.run(files)]
+    assert [(p.label, p.confidence, p.exit) for p in few.run(files)] == expected
+
+
 def test_large_and_odd_images_are_prepared_as_from_shards(run, tmp_path, command):
     """Sizes, grey, palette, transparency, a format that shards store in another one: shards and files agree on the pixels."""
     folder, config = run
