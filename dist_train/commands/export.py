@@ -20,6 +20,13 @@ def run(arguments: list[str]) -> int:
     check_installed()
     from dist_train.export.export import export
 
+    if known.mlflow:
+        from dist_train.export.mlflow_model import export_model, log_model
+
+        folder = export_model(known.run, point, known.out, known.shards)
+        print(f"exported to {folder}; serve it with: mlflow models serve --env-manager local -m {folder}")
+        print(log_model(known.run, folder))
+        return 0
     print(f"exported to {export(known.run, point, known.out, known.shards)}; its README.md says what was measured")
     return 0
 
@@ -34,6 +41,11 @@ def _parser() -> Parser:
     parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint), or one of its checkpoints")
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="of the programs (default: onnx)")
     add_policy_options(parser)
+    parser.add_argument(
+        "--mlflow",
+        action="store_true",
+        help="write the folder as a model of MLflow, and log it to the run's MLflow run (default folder: mlflow-model in the run folder)",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="folder to write (default: export in the run folder)")
     parser.add_argument("--shards", metavar="FOLDER", help="folder of the shards (default: the run's)")
     return parser

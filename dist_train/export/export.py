@@ -46,13 +46,9 @@ def export(
         UserError: the network cannot be cut or expressed, the thresholds do not fit it, or the programs do
             not compute what the network computes.
     """
-    if is_address(path) and not out:
-        raise ConfigError(f"{path}: an export cannot be written there; give a folder of your own with --out")
-    path = checkpoint.find(path)
-    folder = Path(out).resolve() if out else checkpoint.run_folder(path) / "export"
-    if folder == Path.cwd():
-        raise ConfigError(f"--out is {out}, the current folder, which an export would replace; give one of its own")
+    folder = folder_for(path, out, policies.FOLDER)
     policies.check_folder(folder)
+    path = checkpoint.find(path)
     meta, config = checkpoint.read_meta(path)
     data = DataConfig.model_validate(config.data.model_dump() | ({"shards": shards} if shards else {}))
     network = checkpoint.load_model(path)
@@ -76,6 +72,18 @@ def export(
             policies.write(draft, policy)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
+    return folder
+
+
+def folder_for(path: str | Path, out: str | Path | None, name: str) -> Path:
+    """The folder to write: ``out``, else one of this name in the run folder; raises ConfigError where it may not be."""
+    if out is None:
+        if is_address(path):
+            raise ConfigError(f"{path}: an export cannot be written there; give a folder of your own with --out")
+        return checkpoint.run_folder(checkpoint.find(path)) / name
+    folder = Path(out).resolve()
+    if folder == Path.cwd():
+        raise ConfigError(f"--out is {out}, the current folder, which an export would replace; give one of its own")
     return folder
 
 

@@ -17,6 +17,8 @@ from dist_train.prediction.shares import ShareMonitor
 
 FORMAT = 1
 NAME = "policy.json"
+FOLDER = "export"
+"""Folder of an export, where nothing else is chosen."""
 
 
 def content(

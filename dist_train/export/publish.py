@@ -16,9 +16,7 @@ from dist_train.export.card import card_text
 from dist_train.files import draft_folder_of
 from dist_train.training import checkpoint
 
-EXPORT = "export"
-"""Folder of the export, in a run folder and in what is published."""
-STALE = ("report.json", f"{EXPORT}/*")
+STALE = ("report.json", f"{policies.FOLDER}/*")
 """Patterns of the files that not every run has; one of an earlier push would be of other weights."""
 
 
@@ -54,13 +52,13 @@ def write_published(path: str | Path, folder: Path, address: str) -> list[str]:
         lacking.append(f"no report of step {step}, so the card has no accuracy; `dist-train eval` writes one")
     else:
         shutil.copyfile(run / "report.json", folder / "report.json")
-    exported = _of_step(run / EXPORT / policies.NAME, step)
+    exported = _of_step(run / policies.FOLDER / policies.NAME, step)
     if exported is None:
         lacking.append(f"no export of step {step}; `dist-train export` writes one")
     else:
-        (folder / EXPORT).mkdir()
+        (folder / policies.FOLDER).mkdir()
         for name in (*exported["files"], policies.NAME):
-            shutil.copyfile(run / EXPORT / PurePath(name).name, folder / EXPORT / PurePath(name).name)
+            shutil.copyfile(run / policies.FOLDER / PurePath(name).name, folder / policies.FOLDER / PurePath(name).name)
     card = card_text(address, config, meta, report, exported is not None)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if type(config.model) is FunctionConfig:

@@ -235,6 +235,36 @@ def log_report(
         client.log_artifact(run_id, str(file), folder)
 
 
+def save_model(folder: Path, loader: Path, data: Path, image: bytes, requirements: Sequence[str]) -> None:
+    """Write a pyfunc model of MLflow into an empty folder; nothing in it is a pickle.
+
+    Args:
+        folder: to write into.
+        loader: a Python file with ``_load_pyfunc(folder)``; its copy in the model is what MLflow imports.
+        data: folder that is copied into the model, for the loader.
+        image: an image file, the example of a request.
+        requirements: what pip has to install for it.
+    """
+    import mlflow.pyfunc
+    import pandas
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    _quieten()  # only now: the import sets a level of its own
+    outputs = [("class", DataType.string), ("confidence", DataType.double), ("exit", DataType.long)]
+    mlflow.pyfunc.save_model(
+        str(folder),
+        loader_module=loader.stem,
+        code_paths=[str(loader)],
+        data_path=str(data),
+        signature=ModelSignature(
+            Schema([ColSpec(DataType.binary, "image")]), Schema([ColSpec(kind, name) for name, kind in outputs])
+        ),
+        input_example=pandas.DataFrame({"image": [image]}),
+        pip_requirements=list(requirements),
+    )
+
+
 def reason(error: Exception) -> str:
     """What MLflow raised, as one line; a long one keeps its end, where MLflow puts the remedy."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -254,10 +284,14 @@ def _client(uri: str) -> Any:
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
-    # Both log an error and raise it as well; the caller that catches it reports it once.  The import sets MLflow's own level.
+    _quieten()  # only now: the import sets a level of its own
+    return MlflowClient(tracking_uri=uri)
+
+
+def _quieten() -> None:
+    """Both log an error and raise it as well; the caller that catches it reports it once."""
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    return MlflowClient(tracking_uri=uri)
 
 
 @contextlib.contextmanager

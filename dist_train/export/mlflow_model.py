@@ -1,0 +1,92 @@
+"""An export as a model of MLflow, in a folder and in the MLflow run of its training."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from PIL import Image
+
+from dist_train.errors import ConfigError
+from dist_train.evaluation.thresholds import OperatingPoint
+from dist_train.export import mlflow_loader
+from dist_train.export import policy as policies
+from dist_train.export.export import export, folder_for
+from dist_train.files import draft_folder_of
+from dist_train.tracking.mirror import SyncState
+from dist_train.tracking.mlflow import log_report, save_model, unusable
+from dist_train.training import checkpoint
+
+DATA = "data"
+"""Where MLflow puts the export in a model's folder."""
+ARTIFACTS = "early_exit_model"
+"""Folder of the model among the artifacts of its run."""
+NEEDS = ("numpy", "pandas", "pillow", "onnxruntime")
+
+
+def export_model(
+    path: str | Path,
+    point: OperatingPoint,
+    out: str | Path | None = None,
+    shards: str | Path | None = None,
+) -> Path:
+    """Write the folder of a model that ``mlflow models serve`` serves, whole or not at all; the folder.
+
+    Args: as of :func:`~dist_train.export.export.export`; the folder is ``mlflow-model`` in the run folder by default.
+
+    Raises:
+        UserError: as there.
+    """
+    folder = folder_for(path, out, "mlflow-model")
+    _check_folder(folder)
+    with tempfile.TemporaryDirectory() as draft:
+        exported = export(path, point, Path(draft) / policies.FOLDER, shards)
+        size = json.loads((exported / policies.NAME).read_text())["preprocessing"]["crop"]
+        requirements = [f"{name}=={version(name)}" for name in NEEDS]
+        try:
+            with draft_folder_of(folder) as model:
+                save_model(model, Path(mlflow_loader.__file__), exported, _grey_image(size), requirements)
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
+    return folder
+
+
+def log_model(path: str | Path, folder: Path) -> str:
+    """Log a model's folder to the MLflow run of the training that it comes from; what came of it, in words.
+
+    MLflow being away is no error: the folder is there.
+    """
+    found = checkpoint.find(path)
+    run = checkpoint.run_folder(found)
+    state = SyncState(run)
+    known = state.read()
+    uri, run_id = known.get("uri"), known.get("run_id")
+    if uri is None or run_id is None or not state.belongs_to(run):
+        return "not in MLflow: the run is not tracked there"
+    files = [
+        (file, (Path(ARTIFACTS) / file.parent.relative_to(folder)).as_posix())
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    ]
+    step = checkpoint.read_meta(found)[0].progress.step
+    try:
+        log_report(uri, run_id, {}, step, {ARTIFACTS: f"step {step}"}, files)
+    except Exception as error:  # whatever MLflow raises
+        return f"{unusable(uri, error)}; the model is in its folder only"
+    return f"in MLflow  runs:/{run_id}/{ARTIFACTS}"
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds something else than such a model, which would be lost."""
+    if folder.exists() and not (folder / DATA / policies.FOLDER / policies.NAME).is_file():
+        raise ConfigError(f"{folder}: exists and is no model of an export; give another --out")
+
+
+def _grey_image(size: int) -> bytes:
+    """An image file that shows nothing: an example of a request, and none of the data."""
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()
