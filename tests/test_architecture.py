@@ -38,6 +38,7 @@ OWNERS = {
     "fsspec": ["dist_train/data/remote.py"],
     "pyarrow": ["shards/parquet.py"],
     "onnxruntime": ["dist_train/export/runner.py"],
+    "onnx": ["dist_train/export/single_graph.py"],
     "matplotlib": ["dist_train/render/figure.py", "dist_train/evaluation/plots.py", "dist_train/compare/plots.py"],
 }
 

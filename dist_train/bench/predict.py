@@ -203,6 +203,10 @@ def _subject(known: Any) -> Iterator[Subject]:
 
 def _exported(folder: Path) -> Subject:
     check_installed()
+    if b'"graph"' in (folder / policies.NAME).read_bytes():
+        raise ConfigError(
+            f"{folder} is one graph that stops by itself; `dist-train export --format onnx` writes what is timed"
+        )
     from dist_train.bench.onnx_runtime import OnnxRuntime  # which needs what check_installed looks for
 
     try:
@@ -236,7 +240,9 @@ def _of_run(known: Any, folder: Path) -> Subject:
 
         stages = write_programs(staged, size, folder)
         costs = [cost.macs for cost in exit_costs(network, size, lazy=True)]
-        policies.write(folder, policies.content(point, costs, meta.classes, config.data, meta.progress.step, stages))
+        policies.write(
+            folder, policies.content(point, costs, meta.classes, config.data, meta.progress.step, {"stages": stages})
+        )
         runtimes.append(OnnxRuntime(folder))
     else:
         print("without ONNX Runtime: pip install 'dist-train[export]'\n")

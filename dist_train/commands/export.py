@@ -23,11 +23,12 @@ def run(arguments: list[str]) -> int:
     if known.mlflow:
         from dist_train.export.mlflow_model import export_model, log_model
 
-        folder = export_model(known.run, point, known.out, known.shards)
+        folder = export_model(known.run, point, known.out, known.shards, known.format)
         print(f"exported to {folder}; serve it with: mlflow models serve --env-manager local -m {folder}")
         print(log_model(known.run, folder))
         return 0
-    print(f"exported to {export(known.run, point, known.out, known.shards)}; its README.md says what was measured")
+    folder = export(known.run, point, known.out, known.shards, known.format)
+    print(f"exported to {folder}; its README.md says what was measured")
     return 0
 
 
@@ -39,7 +40,12 @@ def _parser() -> Parser:
         "1,000 images of data.val.",
     )
     parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint), or one of its checkpoints")
-    parser.add_argument("--format", choices=("onnx",), default="onnx", help="of the programs (default: onnx)")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "onnx-if"),
+        default="onnx",
+        help="onnx: a program per exit, for any number of images (default); onnx-if: one graph that stops by itself, an image at a time",
+    )
     add_policy_options(parser)
     parser.add_argument(
         "--mlflow",

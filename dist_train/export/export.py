@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,24 +24,31 @@ from dist_train.export.readme import exit_milliseconds, readme_text
 from dist_train.files import draft_folder_of
 from dist_train.hub import is_address
 from dist_train.models.cost import exit_costs
+from dist_train.models.stages import StagedNetwork
 from dist_train.training import checkpoint
 from shards.index import Index
 
+Format = Literal["onnx", "onnx-if"]
 IMAGES = 1000
 """Images of the split, evenly spaced, that the programs are compared on."""
 BATCH = 50
 
 
 def export(
-    path: str | Path, point: OperatingPoint, out: str | Path | None = None, shards: str | Path | None = None
+    path: str | Path,
+    point: OperatingPoint,
+    out: str | Path | None = None,
+    shards: str | Path | None = None,
+    format_: Format = "onnx",
 ) -> Path:
-    """Write the folder of a run's network as ONNX stages, whole or not at all; the folder.
+    """Write the folder of a run's network as ONNX programs, whole or not at all; the folder.
 
     Args:
         path: run folder (its best checkpoint) or checkpoint.
         point: when an image exits.
         out: the folder (default: ``export`` in the run folder); an export that is there is replaced.
         shards: folder of the shards that images to compare are taken from, of the split data.val (default: the run's).
+        format_: ``onnx`` is a program per exit, ``onnx-if`` one graph that stops by itself.
 
     Raises:
         UserError: the network cannot be cut or expressed, the thresholds do not fit it, or the programs do
@@ -60,8 +68,8 @@ def export(
     costs = [cost.macs for cost in exit_costs(network, data.image_size, lazy=True)]
     try:
         with draft_folder_of(folder) as draft:
-            stages = write_programs(staged, data.image_size, draft)
-            policy = policies.content(point, costs, meta.classes, data, meta.progress.step, stages)
+            programs = _write_programs(staged, point, data.image_size, draft, format_)
+            policy = policies.content(point, costs, meta.classes, data, meta.progress.step, programs)
             shutil.copyfile(runner.__file__, draft / "predict.py")
             policies.write(draft, policy)
             exported = runner.EarlyExit(draft, threads=1)
@@ -73,6 +81,17 @@ def export(
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
     return folder
+
+
+def _write_programs(
+    staged: StagedNetwork, point: OperatingPoint, image_size: int, folder: Path, format_: Format
+) -> dict[str, Any]:
+    """Their names, as in policy.json."""
+    if format_ == "onnx":
+        return {"stages": write_programs(staged, image_size, folder)}
+    from dist_train.export.single_graph import write_single_graph  # imports onnx
+
+    return {"graph": write_single_graph(staged, point.policy, image_size, folder)}
 
 
 def folder_for(path: str | Path, out: str | Path | None, name: str) -> Path:

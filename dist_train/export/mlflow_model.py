@@ -14,7 +14,7 @@ from dist_train.errors import ConfigError
 from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import mlflow_loader
 from dist_train.export import policy as policies
-from dist_train.export.export import export, folder_for
+from dist_train.export.export import Format, export, folder_for
 from dist_train.files import draft_folder_of
 from dist_train.tracking.mirror import SyncState
 from dist_train.tracking.mlflow import log_report, save_model, unusable
@@ -32,6 +32,7 @@ def export_model(
     point: OperatingPoint,
     out: str | Path | None = None,
     shards: str | Path | None = None,
+    format_: Format = "onnx",
 ) -> Path:
     """Write the folder of a model that ``mlflow models serve`` serves, whole or not at all; the folder.
 
@@ -43,7 +44,7 @@ def export_model(
     folder = folder_for(path, out, "mlflow-model")
     _check_folder(folder)
     with tempfile.TemporaryDirectory() as draft:
-        exported = export(path, point, Path(draft) / policies.FOLDER, shards)
+        exported = export(path, point, Path(draft) / policies.FOLDER, shards, format_)
         size = json.loads((exported / policies.NAME).read_text())["preprocessing"]["crop"]
         requirements = [f"{name}=={version(name)}" for name in NEEDS]
         try:

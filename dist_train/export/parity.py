@@ -166,7 +166,25 @@ def _add_pillow(found: Parity, exported: EarlyExit, images: Any, files: list[byt
 
 def all_logits(exported: EarlyExit, images: NDArray[np.float32]) -> Iterable[NDArray[np.float32]]:
     """Logits [N, K] of exit after exit by the exported programs, of all images at every exit."""
+    if exported.graph:
+        yield from _logits_by_thresholds(exported, images)
+        return
     given = [images]
     for stage, names in zip(exported.stages, exported.inputs):
         logits, *given = stage.run(None, dict(zip(names, given)))
         yield logits
+
+
+def _logits_by_thresholds(exported: EarlyExit, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """The same of a program that stops by itself: it is made to stop at one exit after the other."""
+    chosen, counts, found = exported.thresholds, exported.counts.copy(), []
+    for number in range(len(chosen)):
+        exported.thresholds = leaving_at(number, len(chosen))
+        found.append(exported.predict(images).logits)
+    exported.thresholds, exported.counts = chosen, counts
+    return found
+
+
+def leaving_at(number: int, exits: int) -> NDArray[np.float32]:
+    """Thresholds by which every image leaves at one exit, from 0."""
+    return np.where(np.arange(exits) < number, np.inf, -np.inf).astype(np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,21 @@ def content(
     classes: Sequence[str],
     data: DataConfig,
     step: int,
-    stages: Sequence[str],
+    programs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All of policy.json but what is known when the programs have been compared.
 
     ``thresholds`` has one number per exit (null: no image leaves there; the last is not used), which ``measure`` of the logits,
     divided by ``temperatures`` where there are any, must reach. ``promise`` is what report.json says of these thresholds:
     budget and expected accuracy, or the guarantee. ``shares`` are the intervals that the shares of images per exit stay in while
-    the images are of the same kind.
+    the images are of the same kind.  ``programs`` has ``stages``, the programs in order, or ``graph``, the one that stops by itself.
     """
     policy = point.policy
     values = [*policy.values][: len(costs) - 1]
     return {
         "format": FORMAT,
         "step": step,
-        "stages": list(stages),
+        **programs,
         "classes": list(classes),
         "measure": policy.measure,
         "thresholds": [_number(value) for value in values] + [None],

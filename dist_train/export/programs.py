@@ -10,9 +10,10 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.errors import ConfigError
 from dist_train.models.stages import StagedNetwork
@@ -48,25 +49,40 @@ def write_programs(staged: StagedNetwork, image_size: int, folder: Path) -> list
     for number, stage in enumerate(staged.stages, start=1):
         names.append(f"stage{number}.onnx")
         batch = torch.export.Dim("batch", min=1)
-        try:
-            with _quiet():
-                program = torch.onnx.export(
-                    stage,
-                    tuple(given),
-                    dynamo=True,
-                    opset_version=OPSET,
-                    verbose=False,
-                    dynamic_shapes=tuple({0: batch} for _ in given),
-                )
-                assert program is not None
-        except Exception as error:  # the exporter raises what each of its steps raises
-            raise ConfigError(f"stage {number} cannot be written as ONNX: {_reason(error)}") from None
-        for node in program.model.graph.all_nodes():
-            node.metadata_props.clear()  # where in whose files the network's code is
-        program.save(folder / names[-1], external_data=False)
+        shapes = tuple({0: batch} for _ in given)
+        write_program(stage, tuple(given), shapes, folder / names[-1], f"stage {number}")
         with torch.inference_mode():
             _, *given = stage(*given)
     return names
+
+
+def write_program(
+    module: nn.Module, given: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...] | None, file: Path, name: str
+) -> None:
+    """Write a module as an ONNX file.
+
+    Args:
+        module: in evaluation mode.
+        given: examples of its inputs.
+        dynamic_shapes: as torch.export takes them; None: all are as in the examples.
+        file: to write.
+        name: what messages call it.
+
+    Raises:
+        ConfigError: ONNX has no operator for something that it does.
+        OSError: the file cannot be written.
+    """
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module, given, dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=dynamic_shapes
+            )
+            assert program is not None
+    except Exception as error:  # the exporter raises what each of its steps raises
+        raise ConfigError(f"{name} cannot be written as ONNX: {_reason(error)}") from None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in whose files the network's code is
+    program.save(file, external_data=False)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_train.export.parity import TIE
+from dist_train.export.parity import TIE, leaving_at
 from dist_train.export.runner import EarlyExit
 
 REPEATS = 30
@@ -19,12 +19,12 @@ REPEATS = 30
 
 def exit_milliseconds(exported: EarlyExit, image: NDArray[np.float32]) -> list[float]:
     """Median milliseconds of ``predict`` for an image [1, 3, S, S] that leaves at exit 1, 2, ..., the decisions included."""
-    chosen, count = exported.thresholds, len(exported.stages)
+    chosen, count = exported.thresholds, len(exported.thresholds)
     times: list[list[float]] = []
     for _ in range(REPEATS + 1):  # in turn, so that a slower moment of the machine meets all of them
         times.append([])
         for number in range(count):
-            exported.thresholds = np.where(np.arange(count) < number, np.inf, -np.inf).astype(np.float32)
+            exported.thresholds = leaving_at(number, count)
             start = time.perf_counter()
             exported.predict(image)
             times[-1].append(1000 * (time.perf_counter() - start))
@@ -49,7 +49,7 @@ def readme_text(policy: dict[str, Any], milliseconds: Sequence[float]) -> str:
     )
     return f"""# Early-exit network, step {policy["step"]}
 
-{len(costs)} ONNX programs, one per exit. An image goes on to the next only if the exit is not sure of it.
+{_programs(policy)}
 
 | exit | multiply-adds | ms | top-1 % | images that leave here, % | threshold |
 |---|---|---|---|---|---|
@@ -87,6 +87,16 @@ To serve it, load `EarlyExit` once per process and call `predict` with the image
 
 `policy.json` has all of this for programs, and the SHA-256 of every file.
 """
+
+
+def _programs(policy: dict[str, Any]) -> str:
+    exits = len(policy["thresholds"])
+    if "graph" in policy:
+        return (
+            f"One ONNX program with {exits} exits, which takes an image at a time: what is behind an exit is computed only if the exit is not\n"
+            "sure of it (`If`). Inputs: `images`, and `thresholds` of all exits but the last, those of the table; outputs: `logits`, and `exit`, from 0."
+        )
+    return f"{exits} ONNX programs, one per exit. An image goes on to the next only if the exit is not sure of it."
 
 
 def _percent(share: float | None) -> str:

@@ -1,7 +1,6 @@
 """Early-exit prediction with ONNX Runtime: needs numpy, Pillow, onnxruntime and the files beside this one.
 
-On the command line: python predict.py IMAGE ...
-In Python: network = EarlyExit(FOLDER); network.predict(numpy.stack([network.load(path) for path in paths]))
+python predict.py IMAGE ..., or network = EarlyExit(FOLDER); network.predict(numpy.stack([network.load(path), ...]))
 """
 
 from __future__ import annotations
@@ -40,13 +39,14 @@ class EarlyExit:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.stages = []
-        for name in self.policy["stages"]:
+        for name in self.policy.get("stages") or [self.policy["graph"]]:
             program = Path(folder, name).read_bytes()
             if hashlib.sha256(program).hexdigest() != self.policy["files"][name]:
                 raise ValueError(f"{folder}: {name} is not the one of policy.json, its SHA-256 differs; export again")
             self.stages.append(onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"]))
+        self.graph = self.stages.pop() if "graph" in self.policy else None  # stops by itself, for an image at a time
         self.inputs = [[one.name for one in stage.get_inputs()] for stage in self.stages]
-        self.counts = np.zeros(len(self.stages), dtype=np.int64)  # images that took each exit so far
+        self.counts = np.zeros(len(self.thresholds), dtype=np.int64)  # images that took each exit so far
 
     def load(self, file: Any) -> Array:
         """An image file, prepared as the network takes it, float32 [3, S, S]; raises OSError for what is no image."""
@@ -55,8 +55,7 @@ class EarlyExit:
         if image.mode.startswith("I"):  # 16 bits
             image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         image = image.convert("RGB")
-        short = min(image.size)
-        width, height = (int(how["resize"] * side / short) for side in image.size)
+        width, height = (int(how["resize"] * side / min(image.size)) for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
         pixels = (np.asarray(image, np.float32) / 255 - np.float32(how["mean"])) / np.float32(how["std"])
@@ -67,6 +66,9 @@ class EarlyExit:
         waiting, given = np.arange(len(images)), [images]
         predicted, exits = np.zeros((len(images), 0), dtype=np.int64), np.zeros(len(images), dtype=np.int64)
         logits = np.zeros((len(images), len(self.policy["classes"])), dtype=np.float32)
+        if self.graph and len(images):
+            found = [self.graph.run(None, {"images": one[None], "thresholds": self.thresholds[:-1]}) for one in images]
+            logits, exits = (np.concatenate(part) for part in zip(*found))
         for number, stage in enumerate(self.stages):
             if not len(waiting):
                 break
@@ -77,7 +79,7 @@ class EarlyExit:
             logits[waiting[sure]], exits[waiting[sure]] = found[sure], number
             if sure.any():
                 waiting, predicted, given = waiting[~sure], predicted[~sure], [tensor[~sure] for tensor in given]
-        self.counts += np.bincount(exits, minlength=len(self.stages))
+        self.counts += np.bincount(exits, minlength=len(self.counts))
         return Result(logits, logits.argmax(1), np.exp(_log_softmax(logits)).max(1, initial=0), exits + 1)
 
     def confidence(self, number: int, logits: Array, predicted: Array) -> Array:

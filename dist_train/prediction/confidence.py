@@ -60,8 +60,8 @@ def patience(classes: torch.Tensor) -> torch.Tensor:
         classes: predicted by each exit so far, int [N, m], m at least 1.
     """
     before = classes.shape[1] - 1
-    same = (classes[:, :-1] == classes[:, -1:]).int()
-    return same.flip(1).cumprod(dim=1).sum(dim=1).float() / max(before, 1)
+    breaks = (classes[:, :-1] != classes[:, -1:]).int().flip(1).cumsum(dim=1)  # ONNX has no cumprod
+    return (breaks == 0).sum(dim=1).float() / max(before, 1)
 
 
 def learned(features: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
