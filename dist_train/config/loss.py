@@ -32,7 +32,7 @@ class LossConfig(Section):
     )
     """Teachers of an exit: last, next, all later ones, the ensemble of all, the best, all better later ones, none, or a matrix."""
     outside_teachers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Further teachers of all exits, by their last exit: averaged (the moving average of this network's weights, see optim.ema_decay), a run folder or checkpoint, timm/NAME, torchvision/NAME or transformers/MODEL with the library's weights, or module:function, your own f(num_classes)."""
+    """Further teachers of all exits, by their last exit: averaged (the moving average of this network's weights, see optim.ema_decay), a run folder, a checkpoint or hf://ORG/NAME, timm/NAME, torchvision/NAME or transformers/MODEL with the library's weights, or module:function, your own f(num_classes)."""
     outside_share: Unit = 0.5
     """Share of the outside teachers in what teaches an exit that has teachers in the network too; other exits learn from the outside ones alone."""
     alpha: Unit = 0.5
@@ -76,7 +76,7 @@ class LossConfig(Section):
     def _expand_paths(cls, given: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(given)) < len(given):
             raise ValueError(f"holds {', '.join(given)}; name each teacher once")
-        return tuple(str(expanded(name)) for name in given)
+        return tuple(name if "://" in name else str(expanded(name)) for name in given)
 
     @field_validator("teachers", "label_weights", "distill_weights", "temperature", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from dist_train.config import Config, FunctionConfig, TrackingConfig
+from dist_train.config import AVERAGED, Config, FunctionConfig, TrackingConfig
 from dist_train.config_file import dump_config
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.export import policy as policies
@@ -43,7 +43,7 @@ def write_published(path: str | Path, folder: Path, address: str) -> list[str]:
     config = _without_places(config)
     shutil.copyfile(checkpoint.evaluated_weights(path), folder / "model.safetensors")
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    state = asdict(replace(meta, unreadable={}))
+    state = asdict(replace(meta, unreadable={}, teachers={}))
     (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     checkpoint.write_manifest(folder)
     run, step, lacking = checkpoint.run_folder(path), meta.progress.step, []
@@ -101,12 +101,14 @@ def _without_places(config: Config) -> Config:
     pretrained = config.model.pretrained
     if isinstance(pretrained, Path):
         pretrained = Path(_name(pretrained))
+    teachers = [name if name == AVERAGED or "://" in name else _name(name) for name in config.loss.outside_teachers]
     defaults = Config(data=data)
     return config.model_copy(
         update={
             "runs": defaults.runs,
             "data": data.model_copy(update={"shards": Path(_name(data.shards)), "cache": None, "train": train}),
             "model": config.model.model_copy(update={"pretrained": pretrained}),
+            "loss": config.loss.model_copy(update={"outside_teachers": tuple(dict.fromkeys(teachers))}),
             "tracking": TrackingConfig(group=config.tracking.group, log_every=config.tracking.log_every),
             "slurm": defaults.slurm,
         }

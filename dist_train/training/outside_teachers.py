@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dist_train.config import AVERAGED, Config, DataConfig
 from dist_train.errors import ConfigError
 from dist_train.files import sha256
+from dist_train.hub import is_address
 from dist_train.models import network_of_library
 from dist_train.precision import autocast
 from dist_train.training import checkpoint
@@ -86,14 +87,12 @@ def teacher_fingerprints(config: Config) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Run:
-    """A teacher that was trained here: a run folder, a checkpoint, or a folder of weights."""
+    """A teacher that was trained by this project: a run folder, a checkpoint, a folder of weights, or ``hf://ORG/NAME``."""
 
     name: str
 
     def fingerprint(self) -> str:
-        path = checkpoint.find(self.name)
-        averaged = path / "averaged.safetensors"
-        return sha256(averaged if averaged.exists() else path / "model.safetensors")
+        return sha256(checkpoint.evaluated_weights(checkpoint.find(self.name)))
 
     def check(self, data: DataConfig, classes: Sequence[str]) -> None:
         meta, config = checkpoint.read_meta(checkpoint.find(self.name))
@@ -113,6 +112,8 @@ class _Run:
 
 def _source(name: str) -> _Run | None:
     """The run that a teacher is; None for a network of a library or of one's own code."""
+    if is_address(name):
+        return _Run(name)
     return None if ":" in name or name.startswith(("timm/", "torchvision/", "transformers/")) else _Run(name)
 
 

@@ -114,13 +114,15 @@ def test_nothing_of_this_machine_is_published(runs, published, tmp_path):
     config["data"]["shards"] = "s3://bucket/photos?key=password"
     config["slurm"]["account"] = "grant-password"
     config["model"]["pretrained"] = str(tmp_path / "weights.pt")
+    config["loss"]["outside_teachers"] = [str(tmp_path / "a/big"), str(tmp_path / "b/big"), "hf://team/digits"]
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     assert cli.run(["push", str(path), "--folder", str(tmp_path / "out")]) == 0
     for folder in (tmp_path / "out", published[0]):
         for name, data in files_of(folder).items():
             assert b"password" not in data, name
             assert str(tmp_path.parent).encode() not in data, name
-    assert load_config(tmp_path / "out/config.yaml").data.shards.name == "photos"
+    written = load_config(tmp_path / "out/config.yaml")
+    assert (written.data.shards.name, written.loss.outside_teachers) == ("photos", ("big", "hf://team/digits"))
 
 
 def test_the_token_is_nowhere(hub, published, tmp_path, capsys, caplog):
