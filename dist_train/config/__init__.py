@@ -101,6 +101,11 @@ class Config(Section):
                 "loss.outside_teachers has averaged, which is the moving average of the weights, and optim.ema_decay is not set; "
                 "set it, such as 0.999"
             )
+        if self.optim.exit_gradients == "equilibrium_coarsest" and self.model.name != "msdnet":
+            raise ValueError(
+                f"optim.exit_gradients is equilibrium_coarsest and model.name {self.model.name}, which has no scales; use "
+                "equilibrium, or the network msdnet"
+            )
         if self.optim.exit_gradients == "pcgrad":
             # Several backward passes are silently wrong at ZeRO 1 and 2, and a compiled network has one alone.
             for field, allowed in (("zero_stage", ("auto", 0)), ("compile", (False,))):

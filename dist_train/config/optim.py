@@ -43,8 +43,8 @@ class OptimConfig(Section):
     """Epochs of linear warm-up."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """Clip the global gradient norm to this (default: no clipping)."""
-    exit_gradients: Literal["sum", "equilibrium", "pcgrad"] = "sum"
-    """How the exits' gradients meet in the parameters that they share: sum; equilibrium, their mean (Li et al., 2019); or pcgrad, their sum without what points against another exit (Yu et al., 2020), at ZeRO stage 0."""
+    exit_gradients: Literal["sum", "equilibrium", "equilibrium_coarsest", "pcgrad"] = "sum"
+    """How the exits' gradients meet in the parameters that they share: sum; equilibrium, their mean (Li et al., 2019); equilibrium_coarsest, the same on the coarsest scale of an msdnet alone; or pcgrad, their sum without what points against another exit (Yu et al., 2020), at ZeRO stage 0."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of the averaged (EMA) weights, for instance 0.999 (default: none)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,21 @@ class DenseCell(nn.Module):
         if down is None:
             return torch.cat([own, normal], 1)
         return torch.cat([own, normal, down] if self.down_last else [own, down, normal], 1)
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The same features, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, factor: float) -> Tensor:
+        """Features of any shape, unchanged."""
+        ctx.factor = factor
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Times the factor."""
+        return gradient * ctx.factor, None
 
 
 def run_cell(cell: nn.Module, features: Features, scale: int) -> Tensor:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_train.errors import ConfigError
-from dist_train.models.cells import BatchNorm, ConvNormReLU, DenseCell, Features, count_batches, run_cell, run_stage
+from dist_train.models.cells import (
+    BatchNorm,
+    ConvNormReLU,
+    DenseCell,
+    Features,
+    ScaleGradient,
+    count_batches,
+    run_cell,
+    run_stage,
+)
 from dist_train.models.network import MultiExitNetwork
 
 Dialect = Literal["lua", "msdnet_pytorch", "multiexit_distillation"]
@@ -53,6 +62,8 @@ class MSDNet(MultiExitNetwork):
 
     Attributes:
         num_exits, num_classes: M and K.
+        balance_coarsest: in the backward pass, what flows into the coarsest scale before exit i of M from the exit is divided by
+            M - i + 1, and what flows from behind it multiplied by (M - i) / (M - i + 1).
         divisor: image height and width must be multiples of it, in pixels.
 
     Raises:
@@ -97,6 +108,7 @@ class MSDNet(MultiExitNetwork):
         self.blocks = nn.ModuleList(nn.ModuleList(cells[start:end]) for start, end in itertools.pairwise([0, *ends]))
         exit_widths = [widths.of(stages[end - 1].width_out)[-1] for end in ends]
         self.heads = nn.ModuleList(Head(width, head_width or width, num_classes, dialect) for width in exit_widths)
+        self.balance_coarsest = False
         self._norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
         if dialect != "msdnet_pytorch":
             _initialize(self)
@@ -109,10 +121,14 @@ class MSDNet(MultiExitNetwork):
         for scale, layer in enumerate(self.stem):
             features.append(layer(features[scale - 1] if scale else images))
         logits = []
-        for block, head in zip(self.blocks, self.heads):
+        for number, (block, head) in enumerate(zip(self.blocks, self.heads)):
             run = self._run_recomputed if self._run_recomputed and torch.is_grad_enabled() else _run_block
             features = run(cast(nn.ModuleList, block), features)
-            logits.append(head(features[-1]))
+            coarsest, left = cast(Tensor, features[-1]), self.num_exits - number
+            if self.balance_coarsest and left > 1:
+                coarsest = cast(Tensor, ScaleGradient.apply(coarsest, 1 / left))  # type: ignore[no-untyped-call]
+                features[-1] = cast(Tensor, ScaleGradient.apply(coarsest, left - 1))  # type: ignore[no-untyped-call]
+            logits.append(head(coarsest))
         return tuple(logits)
 
     def iter_exit_logits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:

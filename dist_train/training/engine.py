@@ -17,6 +17,7 @@ from torch import nn
 
 from dist_train.config import Config, accumulation_steps
 from dist_train.distributed.group import Group, launcher_variables
+from dist_train.models import MSDNet
 from dist_train.models.parts import ALL, WITHOUT_EARLY_EXITS, exit_parts, exits_behind, part_of
 from dist_train.precision import autocast
 from dist_train.training.exit_gradients import ProjectedGradients, balance_gradients
@@ -52,7 +53,8 @@ class Engine:
         optimizer = build_optimizer(model, config.optim, self._parts)
         rule = config.optim.exit_gradients
         # While the parameters are whole and the network is not compiled.
-        exits = exits_behind(model, config.data.image_size) if rule != "sum" else {}
+        exits = exits_behind(model, config.data.image_size) if rule in ("equilibrium", "pcgrad") else {}
+        self._balances_coarsest = rule == "equilibrium_coarsest"
         self.loss_scale = LossScale() if config.train.precision == "fp16" else None
         self._deepspeed = _initialize(model, optimizer, config, self.stage, group)
         if self.stage in (1, 2):
@@ -90,6 +92,9 @@ class Engine:
         evaluation mode.
         """
         self.model.train()
+        if self._balances_coarsest:
+            # As below: while the last exit trains alone there is nothing to balance.
+            cast(MSDNet, self.model).balance_coarsest = trained != WITHOUT_EARLY_EXITS
         if not self._parts:
             return
         for name, module in self.model.named_modules():

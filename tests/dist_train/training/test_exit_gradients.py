@@ -9,7 +9,8 @@ from torch import nn
 from dist_train.config_file import make_config
 from dist_train.distributed.group import Group, Ranks
 from dist_train.errors import ConfigError
-from dist_train.models import build_model
+from dist_train.models import MSDNet, build_model
+from dist_train.models.cells import run_stage
 from dist_train.models.parts import exits_behind
 from dist_train.training.engine import Engine
 from dist_train.training.exit_gradients import orders
@@ -158,6 +159,60 @@ def test_equilibrium_is_the_rule_of_the_paper_at_every_stage(ranks):
         assert_moved_by(weights, paper)
 
 
+def msdnet(scales):
+    torch.manual_seed(0)
+    factors = (1, 2, 4)[:scales]
+    fields = {"growth": 4, "initial_channels": 4, "base": 1, "step": 1, "head_width": 8, "reduction": 0}
+    return MSDNet(5, exits=EXITS, scales=scales, growth_factors=factors, bottleneck_factors=None, **fields).eval()
+
+
+def test_with_one_scale_the_coarsest_balances_all():
+    network, images = msdnet(1), batch()
+    named = dict(network.named_parameters())
+    by_exit = [
+        torch.autograd.grad(loss, named.values(), retain_graph=True, materialize_grads=True)
+        for loss in exit_losses(network(images), images)
+    ]
+    behind = exits_behind(network, 8)
+    network.balance_coarsest = True
+    sum(exit_losses(network(images), images)).backward()
+    for number, (name, parameter) in enumerate(named.items()):
+        mean = sum(gradients[number] for gradients in by_exit) / len(behind[name])
+        torch.testing.assert_close(parameter.grad, mean, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_with_several_scales_the_coarsest_alone_is_rescaled():
+    images = torch.randn(4, 3, 16, 16)
+    plain, balanced = msdnet(3), msdnet(3)
+    balanced.balance_coarsest = True
+    for one, other in zip(plain(images), balanced(images), strict=True):
+        assert torch.equal(one, other)
+    sum(exit_losses(balanced(images), images)).backward()
+    # The same forward pass with the factors of the paper written beside the blocks.
+    features = []
+    for layer in plain.stem:
+        features.append(layer(features[-1] if features else images))
+    logits = []
+    for number, (block, head) in enumerate(zip(plain.blocks, plain.heads)):
+        for stage in block:
+            features = run_stage(stage, features)
+        left = EXITS - number
+        logits.append(head(Rescale.apply(features[-1], 1 / left)))
+        features = [*features[:-1], Rescale.apply(features[-1], (left - 1) / left)]
+    sum(exit_losses(logits, images)).backward()
+    for (name, one), other in zip(plain.named_parameters(), balanced.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_networks_without_scales_have_no_coarsest():
+    model = {"name": "resnet", "exits": ["stages.0"]}
+    with pytest.raises(ConfigError, match=r"equilibrium_coarsest and model\.name resnet, which has no scales"):
+        make_config(
+            {"data": {"shards": "-"}, "model": model, "optim": {"exit_gradients": "equilibrium_coarsest"}},
+        )
+
+
 def test_pcgrad_is_algorithm_1_on_one_gradient_per_exit_of_the_whole_batch(ranks):
     by_exit = gradients_by_exit()
     expected = projected(by_exit, orders(0, UPDATE, EXITS).tolist())
@@ -229,7 +284,7 @@ def test_stages_of_a_regime_train_by_their_gradients_alone(ranks, digits, tmp_pa
             }
         )
 
-    rules = ("sum", "equilibrium", "pcgrad")
+    rules = ("sum", "equilibrium", "equilibrium_coarsest", "pcgrad")
     runs = [config(rule, "disjoint") for rule in rules]
     ranks(train_all, 1, runs)
     plain, *others = [state_at(run.folder, 10)[0] for run in runs]
