@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch.nn import GroupNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dist_train.config import Config, accumulation_steps
 from dist_train.config_file import load_config
@@ -72,8 +74,7 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
         )
     model = build_model(config.model, len(train.classes), config.data.image_size)
     ExitDistillation.from_config(config.loss, model.num_exits)
-    if config.train.micro_batch == 1:
-        _check_single_image(model, config.data.image_size)
+    _check_norms(model, config)
     _check_writable(config.folder)
     stage = chosen_stage(config, model, ranks.world_size)
     check_teachers(config, stage, train.classes)
@@ -155,20 +156,32 @@ def _known_places(config: Config) -> list[Path | str]:
     return found
 
 
-def _check_single_image(model: MultiExitNetwork, image_size: int) -> None:
-    # Tried, because which norm sees a map of one pixel is known to nobody but the network; on a copy, because a pass in
-    # training mode moves the statistics.
-    trial = copy.deepcopy(model).train()
-    try:
-        with torch.no_grad():
-            trial(torch.zeros(1, 3, image_size, image_size))
-    except ValueError as error:
-        if "Expected more than 1 value per channel" not in str(error):
-            raise
+def _check_norms(model: MultiExitNetwork, config: Config) -> None:
+    """Refuse a norm that gets a single value, which has no variance: of one image, or of whatever a pass in training sees."""
+    # Those of a batch get more in training, unless it is of one image, and none in evaluation.
+    if config.train.micro_batch > 1 and not any(isinstance(one, GroupNorm | _InstanceNorm) for one in model.modules()):
+        return
+    size = config.data.image_size
+    maps = f"a norm of this network gets a single value on images of {size} x {size} pixels, which has no variance"
+    # Tried, because only the network knows; on a copy, because a pass in training mode moves the statistics.
+    trial = copy.deepcopy(model)
+    if not (_normalises(trial.eval(), 1, size) and _normalises(trial.train(), 2, size)):
+        raise ConfigError(f"data.image_size is {size}, but {maps}; set a larger data.image_size, or take another norm")
+    if config.train.micro_batch == 1 and not _normalises(trial, 1, size):
         raise ConfigError(
-            f"train.micro_batch is 1, but a batch norm of this network has feature maps of one pixel on images of {image_size} x "
-            f"{image_size} pixels, and one value has no variance; set train.micro_batch to 2 or more, or a larger data.image_size"
-        ) from None
+            f"train.micro_batch is 1, but {maps}; set train.micro_batch to 2 or more, or a larger data.image_size"
+        )
+
+
+@torch.no_grad()
+def _normalises(model: MultiExitNetwork, images: int, size: int) -> bool:
+    try:
+        model(torch.zeros(images, 3, size, size))
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1"):  # value per channel, or spatial element
+            raise
+        return False
+    return True
 
 
 def _check_writable(folder: Path) -> None:

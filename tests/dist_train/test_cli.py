@@ -53,11 +53,29 @@ def test_configurations_that_cannot_run_are_refused(config, tmp_path, refused, v
     assert "sync_bn is true, which needs a GPU" in said("--train.sync_bn", "true")
     assert "only 1437 images" in said("--train.global_batch", 2048)
     single = said("--train.micro_batch", 1, "--data.image_size", 8)
-    assert "train.micro_batch is 1, but a batch norm of this network has feature maps of one pixel" in single
+    assert "train.micro_batch is 1, but a norm of this network gets a single value on images of 8 x 8 pixels" in single
     assert "set train.micro_batch to 2 or more" in single
     assert "loss.distill_weights" in said("--loss.distill_weights", "[1, 1, 1, 1, 1]")
     (tmp_path / "file").touch()
     assert "is a file" in said("--runs", tmp_path / "file")
+
+
+NORMS = """
+from torch import nn
+def network(classes, tracks):
+    norm = nn.InstanceNorm2d(4, track_running_stats=True) if tracks else nn.GroupNorm(4, 4)
+    return nn.Sequential(nn.Conv2d(3, 4, 16, 16), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+"""
+
+
+@pytest.mark.parametrize("tracks", [False, True], ids=["group", "instance"])
+def test_a_norm_that_gets_a_single_value_is_refused(config, refused, tmp_path, monkeypatch, tracks):
+    (tmp_path / "norms.py").write_text(NORMS)
+    monkeypatch.syspath_prepend(tmp_path)
+    fields = f"{{name: norms:network, exits: ['2'], options: {{tracks: {tracks}}}}}"
+    said = refused("plan", config, "--model", fields, "--data.image_size", 16)
+    assert "data.image_size is 16, but a norm of this network gets a single value" in said
+    assert cli.run(["plan", str(config), "--model", fields, "--data.image_size", "32"]) == 0
 
 
 def test_shards_that_do_not_match_their_index_are_refused(config, own_shards, refused):
