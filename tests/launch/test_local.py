@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 from dist_train.config_file import dump_config, make_config
 from dist_train.errors import ConfigError
 from dist_train.tracking.metrics import read_metrics
-from launch.node import Node, Place
+from launch.node import Node, Place, _environment
 from tests.common import LIMIT, ROOT, SMALL_MODEL
 
 
@@ -55,6 +56,26 @@ def wait_for_training(process, folder):
 def start(config):
     words = [sys.executable, "-m", "launch.local", "-n", "2", str(config)]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")
+def test_ranks_keep_the_memory_that_a_step_frees(monkeypatch):
+    """A buffer taken again and again costs page faults once."""
+    program = (
+        "import resource\n"
+        "for _ in range(9): bytearray(b'1') * 2**26; kept = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "bytearray(b'1') * 2**26; print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - kept)"
+    )
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def faults(environment):
+        words = [sys.executable, "-c", program]
+        return int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert faults(os.environ | _environment(1)) < 100
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    assert _environment(1)["GLIBC_TUNABLES"] == "glibc.malloc.check=0", "what the user has set holds"
 
 
 def test_a_rank_that_dies_ends_the_others_and_the_launcher_says_so(config, tmp_path):
