@@ -35,7 +35,7 @@ class OnnxRuntime:
         policy: content of its policy.json.
 
     Raises:
-        ValueError: a file is not the exported one.
+        ValueError: a file is not the exported one, or the export is one graph.
     """
 
     name = "onnxruntime"
@@ -43,6 +43,10 @@ class OnnxRuntime:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.policy = EarlyExit(folder).policy
+        if "graph" in self.policy:
+            raise ValueError(
+                f"{folder} is one graph that stops by itself; `dist-train export --format onnx` writes what is timed"
+            )
         self._programs = _cut_off_programs(folder, self.policy["stages"])
 
     def prepare(self, images: Images, threads: int) -> None:

@@ -24,7 +24,12 @@ def run(arguments: list[str]) -> int:
         repository = hub.check_name(known.repository)
         hub.check_ready()
         with tempfile.TemporaryDirectory() as draft:
-            lacking = publish.write_published(known.run, Path(draft), hub.PREFIX + repository)
+            try:
+                lacking = publish.write_published(known.run, Path(draft), hub.PREFIX + repository)
+            except OSError as error:
+                raise ConfigError(
+                    f"{known.run}: cannot be copied to {draft} ({error.filename}: {error.strerror})"
+                ) from None
             where = hub.push(Path(draft), repository, known.private, publish.STALE)
     print(f"pushed to {where}" if known.folder is None else f"written to {where}")
     for thing in lacking:

@@ -57,8 +57,11 @@ def write_published(path: str | Path, folder: Path, address: str) -> list[str]:
         lacking.append(f"no export of step {step}; `dist-train export` writes one")
     else:
         (folder / policies.FOLDER).mkdir()
-        for name in (*exported["files"], policies.NAME):
-            shutil.copyfile(run / policies.FOLDER / PurePath(name).name, folder / policies.FOLDER / PurePath(name).name)
+        for name in (*exported.get("files", ()), policies.NAME):
+            file = run / policies.FOLDER / PurePath(name).name
+            if not file.is_file():
+                raise CheckpointError(f"{file}: is missing; export again, or remove {file.parent}")
+            shutil.copyfile(file, folder / policies.FOLDER / file.name)
     card = card_text(address, config, meta, report, exported is not None)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if type(config.model) is FunctionConfig:

@@ -150,6 +150,11 @@ def test_bad_input_is_one_line(hub, runs, published, refused, tmp_path, monkeypa
         assert "is no name of a repository" in refused("push", "--", run, name)
     assert "no checkpoint here" in refused("push", tmp_path, "team/digits")
     assert "exists and is not empty" in refused("push", run, "--folder", run)
+    shutil.copytree(run, tmp_path / "torn", symlinks=True)
+    (tmp_path / "torn/export/stage2.onnx").unlink()
+    for where in (["team/digits"], ["--folder", tmp_path / "new"]):
+        assert "stage2.onnx: is missing; export again" in refused("push", tmp_path / "torn", *where)
+    assert not (tmp_path / "new").exists()
     assert "a report cannot be written there" in refused("eval", "hf://team/digits")
     assert "an export cannot be written there" in refused("export", "hf://team/digits", "--thresholds", "1,1")
     assert "there is no such repository" in refused(
