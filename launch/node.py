@@ -23,7 +23,7 @@ from dist_train.errors import ConfigError, UserError
 GRACE_SECONDS = 60.0
 """How long the processes may keep running after the process that started them is gone."""
 # How glibc's malloc treats the memory of a training step: it keeps what a step frees, for the next step to take without a page
-# fault each 4 KiB, and takes it in huge pages.  Older versions leave out what they do not know.
+# fault each 4 KiB, and takes it in huge pages.
 _ALLOCATOR = ":".join(
     (
         "glibc.malloc.trim_threshold=1099511627776",
@@ -183,8 +183,15 @@ def _environment(processes: int) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0))
         # Without it every process would start a thread per core of the machine.
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes)))
-        environment["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", _ALLOCATOR)
+        if "GLIBC_TUNABLES" not in os.environ and _glibc() >= (2, 35):
+            environment["GLIBC_TUNABLES"] = _ALLOCATOR
     return environment
+
+
+def _glibc() -> tuple[int, ...]:
+    """Its version; 0 of another library.  One before 2.35 refuses a large mmap_threshold, and would give every tensor back at once."""
+    name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    return tuple(map(int, version.split(".")[:2])) if name == "glibc" else (0,)
 
 
 if __name__ == "__main__":

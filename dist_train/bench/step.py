@@ -21,6 +21,7 @@ from dist_train.config_file import load_config
 from dist_train.data.pipeline import GlobalBatch
 from dist_train.distributed.group import Group, Ranks
 from dist_train.distributed.watchdog import Watchdog
+from dist_train.errors import ConfigError
 from dist_train.loss.objective import ExitDistillation
 from dist_train.models import build_model
 from dist_train.precision import autocast
@@ -86,6 +87,8 @@ def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) ->
     group = Group(ranks, 5)
     group.any_rank(True)
     config = load_config(config_file, *overrides)
+    if config.loss.outside_teachers:
+        raise ConfigError("the bare loop has no teachers from outside; leave out --loss.outside_teachers")
     torch.manual_seed(0)
     ready = preflight(config, ranks)
     with StopRequests() as requests:

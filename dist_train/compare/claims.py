@@ -105,7 +105,7 @@ def claims(comparison: Comparison) -> list[Claim]:
     firsts = [
         _finding(group, 1, base, base.num_exits)
         for group, base in pairs
-        if _teachers(base) == {"none"} and "none" not in _teachers(group) and group.num_exits and base.num_exits > 1
+        if _is_exitwise(base) == {True} and _is_exitwise(group) == {False} and group.num_exits and base.num_exits > 1
     ]
     found = [
         Claim(GAINS, "Gain of each exit", [one for one in gains if one]),
@@ -165,5 +165,9 @@ def _by_image(
     return None if total is None or counted is None or not counted.any() else total[counted]
 
 
-def _teachers(group: SeedGroup) -> set[str]:
-    return {run.fields.get("loss.teachers", "") for run in group.runs}
+def _is_exitwise(group: SeedGroup) -> set[bool]:
+    """Of each run, whether its exits learned from labels alone."""
+    return {
+        run.fields.get("loss.teachers") == "none" and run.fields.get("loss.outside_teachers", "[]") == "[]"
+        for run in group.runs
+    }

@@ -32,7 +32,7 @@ class LossConfig(Section):
     )
     """Teachers of an exit: last, next, all later ones, the ensemble of all, the best, all better later ones, none, or a matrix."""
     outside_teachers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Further teachers of all exits, by their last exit: averaged (the moving average of this network's weights, see optim.ema_decay), a run folder, a checkpoint or hf://ORG/NAME, timm/NAME, torchvision/NAME or transformers/MODEL with the library's weights, or module:function, your own f(num_classes)."""
+    """Further teachers of every exit; one with several exits teaches by its last: averaged (the moving average of this network's weights, see optim.ema_decay), a run folder, a checkpoint or hf://ORG/NAME, timm/NAME, torchvision/NAME or transformers/MODEL with the library's weights, or module:function, your own f(num_classes)."""
     outside_share: Unit = 0.5
     """Share of the outside teachers in what teaches an exit that has teachers in the network too; other exits learn from the outside ones alone."""
     alpha: Unit = 0.5
@@ -74,9 +74,10 @@ class LossConfig(Section):
     @field_validator("outside_teachers", mode="after")
     @classmethod
     def _expand_paths(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(given)) < len(given):
+        names = tuple(name if "://" in name else str(expanded(name)) for name in given)
+        if len(set(names)) < len(names):
             raise ValueError(f"holds {', '.join(given)}; name each teacher once")
-        return tuple(name if "://" in name else str(expanded(name)) for name in given)
+        return names
 
     @field_validator("teachers", "label_weights", "distill_weights", "temperature", mode="before")
     @classmethod

@@ -26,7 +26,7 @@ class NetworkConfig(Section):
     first_epochs: Natural = 0
     """Epochs of the first stage of disjoint, mixed and heads_first; the learning rate's schedule runs once in every stage."""
     ensemble: Literal["geometric", "arithmetic", "product", "boosted"] | None = None
-    """What an exit predicts by: itself (null), or together with all exits before it: the mean of their logits (geometric), the mean of their probabilities (arithmetic), the sum of their logits (product), or the same with the earlier ones as constants (boosted)."""
+    """How an exit predicts: by itself (null), or together with all exits before it: by the mean of their logits (geometric), the mean of their probabilities (arithmetic), the sum of their logits (product), or the same with the earlier ones as constants (boosted)."""
 
     @field_validator("pretrained", mode="before")
     @classmethod

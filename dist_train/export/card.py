@@ -171,11 +171,10 @@ def _limits(config: Config, report: Mapping[str, Any] | None) -> str:
 
 def _training(config: Config, meta: CheckpointMeta) -> str:
     loss, optim, train = config.loss, config.optim, config.train
-    taught = (
-        "the labels alone"
-        if loss.teachers == "none"
-        else f"the labels, and from other exits (teachers: {loss.teachers})"
-    )
+    teachers = [f"other exits (teachers: {loss.teachers})"] if loss.teachers != "none" else []
+    if count := len(loss.outside_teachers):
+        teachers.append(f"{count} teacher{'s' if count > 1 else ''} outside of the network")
+    taught = f"the labels, and from {' and '.join(teachers)}" if teachers else "the labels alone"
     return (
         f"## How it was trained\n\nEvery exit learns from {taught} (Phuong & Lampert, 2019). {train.epochs} epochs, of which this is "
         f"step {meta.progress.step}; {optim.name}, learning rate {optim.lr:g}, batches of {train.global_batch} images, "

@@ -74,6 +74,7 @@ class ExitDistillation(nn.Module):
     distill_weights: Tensor
     teachers: Tensor
     confidence_weights: Tensor
+    teachers_among_exits: Tensor
     initial_temperature: Tensor
     schedule: Tensor
     last_exit: Tensor
@@ -88,7 +89,7 @@ class ExitDistillation(nn.Module):
         self.num_exits = num_exits
         self.num_outside = outside
         weight = config.weight / (num_exits if config.reduction == "mean" else 1)
-        matrix = self._teachers(torch.zeros(num_exits))
+        matrix, among_exits = (self._teachers(torch.zeros(num_exits), count) for count in (outside, 0))
         initial = _per_exit("temperature", config.temperature, num_exits)
         constants = {
             # To the operator outside teachers are further exits, which learn nothing.
@@ -100,6 +101,7 @@ class ExitDistillation(nn.Module):
             ),
             "teachers": matrix,
             "confidence_weights": last_teacher_mixture(matrix),
+            "teachers_among_exits": among_exits,
             "initial_temperature": initial,
             "schedule": torch.tensor(config.temperature_schedule or [(0, 1.0)]),
             "last_exit": pad(torch.eye(num_exits)[-1], (0, outside)),
@@ -126,6 +128,11 @@ class ExitDistillation(nn.Module):
         taught = self.config.teachers != "none" or self.num_outside > 0
         anneals = self.config.temperature_rule == "anneal" and taught
         return anneals and not self._last_exit_alone
+
+    @property
+    def needs_outside(self) -> bool:
+        """Whether :meth:`forward` has to be given the logits of outside teachers in training."""
+        return self.num_outside > 0 and not self._last_exit_alone
 
     def use_last_exit_alone(self, alone: bool = True) -> None:
         """Make the loss the last exit's cross-entropy to the labels, and keep the temperature where it is; or undo that."""
@@ -158,7 +165,8 @@ class ExitDistillation(nn.Module):
                 the loss afterwards would have its gradient written twice.
             weights: [N] weight of each sample's loss, at least 0 (default: 1).  Of the statistics, only ``kl`` uses it.
             outside: logits [N, K] of the outside teachers, in the order of the configuration and the dtype of ``logits``.  Without
-                gradient they can be left out; loss and divergences are then those of the exits alone.
+                gradient, and while the last exit trains alone, they can be left out; loss and statistics are then those of the
+                exits alone.
 
         Raises:
             DataError: shapes, dtypes or values that do not fit.
@@ -174,7 +182,7 @@ class ExitDistillation(nn.Module):
             with torch.no_grad():
                 _, vector, _ = exit_loss(logits, given, exits, options._replace(with_grad=False))
                 losses = ExitStats(vector, len(logits)).label_loss[: self.num_exits]
-                matrix = self._teachers(losses)[: len(logits), : len(logits)]
+                matrix = self._teachers(losses, len(outside))
                 exits = exits._replace(teachers=matrix, confidence_weights=last_teacher_mixture(matrix))
         apart: Tensor | None = None
         if self.config.distill_loss == "dkd":
@@ -185,10 +193,10 @@ class ExitDistillation(nn.Module):
         stats = ExitStats(vector.detach(), len(logits)).of_exits(self.num_exits)
         return ExitLoss(loss if apart is None else loss + apart, stats)
 
-    def _teachers(self, label_loss: Tensor) -> Tensor:
-        """The teacher matrix, of the exits and the outside teachers; see :func:`teacher_matrix` for ``label_loss`` [M]."""
+    def _teachers(self, label_loss: Tensor, outside: int) -> Tensor:
+        """The teacher matrix of the exits and so many outside teachers; see :func:`teacher_matrix` for ``label_loss`` [M]."""
         matrix = teacher_matrix(self.config.teachers, self.num_exits, label_loss)
-        return with_outside(matrix, self.num_outside, self.config.outside_share) if self.num_outside else matrix
+        return with_outside(matrix, outside, self.config.outside_share) if outside else matrix
 
     def _exit_weights(self, label_count: Tensor, passes: int, rows: int) -> ExitWeights:
         """What weighs the terms of the rows of logits: the exits, or these and the outside teachers."""
@@ -203,14 +211,15 @@ class ExitDistillation(nn.Module):
         )
         if not self.num_outside:
             return exits
+        if rows == self.num_exits:
+            return exits._replace(
+                label_weights=label_weights[:rows],
+                distill_weights=distill_weights[:rows],
+                teachers=self.teachers_among_exits,
+                confidence_weights=last_teacher_mixture(self.teachers_among_exits),
+            )
         # The softmax of outside teachers is taken at the temperature of the last exit.
-        return exits._replace(
-            label_weights=label_weights[:rows],
-            distill_weights=distill_weights[:rows],
-            teachers=self.teachers[:rows, :rows].contiguous(),
-            confidence_weights=self.confidence_weights[:rows],
-            temperature=torch.cat([temperature, temperature[-1:].expand(self.num_outside)])[:rows],
-        )
+        return exits._replace(temperature=torch.cat([temperature, temperature[-1:].expand(self.num_outside)]))
 
     def _options(self, with_grad: bool) -> LossOptions:
         teachers = self.config.teachers
@@ -293,7 +302,7 @@ class ExitDistillation(nn.Module):
                 )
 
     def _check_outside(self, outside: Sequence[Tensor], z: Tensor) -> None:
-        if len(outside) != self.num_outside and (outside or torch.is_grad_enabled()):
+        if len(outside) != self.num_outside and (outside or (torch.is_grad_enabled() and self.needs_outside)):
             raise DataError(f"outside has {len(outside)} tensors; this loss has {self.num_outside} outside teachers")
         for number, other in enumerate(outside):
             if (other.shape, other.dtype, other.device) != (z.shape, z.dtype, z.device):

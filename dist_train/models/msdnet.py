@@ -13,6 +13,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from dist_train.errors import ConfigError
 from dist_train.models.cells import (
@@ -62,8 +63,8 @@ class MSDNet(MultiExitNetwork):
 
     Attributes:
         num_exits, num_classes: M and K.
-        balance_coarsest: in the backward pass, what flows into the coarsest scale before exit i of M from the exit is divided by
-            M - i + 1, and what flows from behind it multiplied by (M - i) / (M - i + 1).
+        balance_coarsest: the gradient that exit i of M sends into the coarsest scale is divided by M - i + 1, and the gradient
+            from later layers is multiplied by (M - i) / (M - i + 1).
         divisor: image height and width must be multiples of it, in pixels.
 
     Raises:
@@ -109,9 +110,18 @@ class MSDNet(MultiExitNetwork):
         exit_widths = [widths.of(stages[end - 1].width_out)[-1] for end in ends]
         self.heads = nn.ModuleList(Head(width, head_width or width, num_classes, dialect) for width in exit_widths)
         self.balance_coarsest = False
-        self._norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
+        self._norms = self._own_norms()
         if dialect != "msdnet_pytorch":
             _initialize(self)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode, as of any module."""
+        # Norms over all ranks, which may have taken the place of some by now, count their batches themselves.
+        self._norms = self._own_norms()
+        return super().train(mode)
+
+    def _own_norms(self) -> list[BatchNorm]:
+        return [module for module in self.modules() if isinstance(module, BatchNorm)]
 
     def exit_logits(self, images: Tensor) -> tuple[Tensor, ...]:
         """What the exits themselves give, M tensors [N, K], for images [N, 3, H, W]."""

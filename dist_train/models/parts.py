@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -65,8 +64,18 @@ def _classifiers(backbone: nn.Module, classes: int) -> list[str]:
     ]
     while weights and weights[-1][1][0] != classes:
         weights.pop()
-    shape = weights[-1][1] if weights else None
-    return [name for name, _ in itertools.takewhile(lambda one: one[1] == shape, reversed(weights))]
+    found = weights[-1:]
+    if len(weights) > 1 and weights[-2][1] == found[0][1] and _are_beside(weights[-2][0], found[0][0]):
+        found.append(weights[-2])
+    return [name for name, _ in found]
+
+
+def _are_beside(first: str, second: str) -> bool:
+    """Whether two submodules are classifiers beside each other, as head and head_dist, and not layers of a sequence."""
+    one, other = next(
+        (pair for pair in zip(first.split("."), second.split(".")) if pair[0] != pair[1]), (first, second)
+    )
+    return other.startswith(one) and not one.isdecimal()
 
 
 def exits_behind(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
 from dist_train.training.engine import Engine
 from dist_train.training.loss_scale import LossScale
 from dist_train.training.meter import Meter
-from dist_train.training.outside_teachers import teacher_fingerprints
 from dist_train.training.preflight import Preflight
 from dist_train.training.random_state import random_state, set_random_state
 from dist_train.training.resume import ResumePoint, val_changed
@@ -39,7 +38,14 @@ class Checkpointer:
     """Saves and restores one run; every method is called on all ranks together."""
 
     def __init__(
-        self, config: Config, ready: Preflight, group: Group, engine: Engine, criterion: ExitDistillation, meter: Meter
+        self,
+        config: Config,
+        ready: Preflight,
+        group: Group,
+        engine: Engine,
+        criterion: ExitDistillation,
+        meter: Meter,
+        teachers: Mapping[str, str],
     ) -> None:
         self.before_writing: Callable[[], None] = lambda: None
         """Writes, on rank 0, what has to be on disk before a checkpoint is; a failure of it is one of the checkpoint."""
@@ -49,7 +55,7 @@ class Checkpointer:
         self.train, self.val = ready.train, ready.val
         self._unreadable: UnreadableImages | None = None
         self._restored: dict[int, BadSample] = {}
-        self._teachers = teacher_fingerprints(config) if group.ranks.rank == 0 else {}
+        self._teachers = dict(teachers)
         self._last_save = time.monotonic()
         self.failed_saves = 0
         """Checkpoints that could not be written since this start."""

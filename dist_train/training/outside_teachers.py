@@ -6,15 +6,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.config import AVERAGED, Config, DataConfig
-from dist_train.errors import ConfigError
+from dist_train.distributed.group import Group
+from dist_train.errors import CheckpointError, ConfigError
 from dist_train.files import sha256
 from dist_train.hub import is_address
 from dist_train.models import network_of_library
+from dist_train.models.named import LIBRARIES
 from dist_train.precision import autocast
 from dist_train.training import checkpoint
 
@@ -22,23 +25,41 @@ log = logging.getLogger("dist_train")
 
 
 class OutsideTeachers:
-    """The networks that ``loss.outside_teachers`` names, on this rank's device, in evaluation mode; none of them trains."""
+    """The networks that ``loss.outside_teachers`` names, on this rank's device, in evaluation mode; none of them trains.
+
+    Attributes:
+        fingerprints: by name, the SHA-256 of the weights of every teacher that is a run; on rank 0.
+    """
 
     def __init__(
-        self, config: Config, classes: Sequence[str], device: torch.device, averaged: nn.Module | None = None
+        self,
+        names: Sequence[str],
+        config: Config,
+        classes: Sequence[str],
+        group: Group,
+        averaged: nn.Module | None = None,
     ) -> None:
-        """Load them; ``averaged`` is what :func:`share_averages` gave.
+        """Load those of these names; all ranks must call.  ``averaged`` is what :func:`share_averages` gave.
 
         Raises:
             UserError: a teacher that cannot be built or read, or does not classify these images into these classes.
         """
-        self._autocast = partial(autocast, config.train.precision, device)
-        self._networks = [
-            averaged if averaged is not None and name == AVERAGED else _load(name, config, classes)
-            for name in config.loss.outside_teachers
-        ]
-        for network in self._networks:
-            network.to(device).eval().requires_grad_(False)
+        self._autocast = partial(autocast, config.train.precision, group.device)
+        # Looked up once, for all ranks alike: a teacher that still trains has another best checkpoint a moment later.
+        places = group.on_rank0(lambda: {run.name: run.place() for run in _runs(names)})
+        self.fingerprints: dict[str, str] = {}
+        if group.ranks.rank == 0:
+            self.fingerprints = {name: _fingerprint(checkpoint.find(place)) for name, place in places.items()}
+        self._networks = []
+        for name in names:
+            if averaged is not None and name == AVERAGED:
+                network = averaged
+            elif name in places:
+                log.info("loss.outside_teachers: %s teaches as of %s", name, places[name])
+                network = checkpoint.load_model(places[name])
+            else:
+                network = _build(name, config.data.image_size, len(classes))
+            self._networks.append(network.to(group.device).eval().requires_grad_(False))
 
     @torch.no_grad()
     def logits(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -51,7 +72,7 @@ class OutsideTeachers:
 
 def share_averages(network: nn.Module, averages: Mapping[str, Tensor]) -> nn.Module:
     """Let a network have the very tensors of the moving average, by name, so that it is always up to date."""
-    own = dict([*network.named_parameters(), *network.named_buffers()])
+    own = dict([*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)])
     for name, tensor in averages.items():
         own[name].data = tensor
     return network
@@ -68,21 +89,33 @@ def check_teachers(config: Config, stage: int, classes: Sequence[str]) -> None:
     Raises:
         UserError: names the teacher and what differs.
     """
+    if AVERAGED in config.loss.outside_teachers and stage == 3:
+        raise ConfigError(
+            "loss.outside_teachers has averaged, whose weights train.zero_stage 3 divides among the processes; use stage 0, 1 or 2"
+        )
+    for run in _runs(config.loss.outside_teachers):
+        run.check(config.data, classes)
+
+
+def try_teachers(config: Config, classes: Sequence[str]) -> None:
+    """Build the teachers that are no runs, and show each an image of zeros.
+
+    Raises:
+        ConfigError: one cannot be found or built, or does not classify these images into these classes.
+    """
+    known = {AVERAGED, *(run.name for run in _runs(config.loss.outside_teachers))}
     for name in config.loss.outside_teachers:
-        if name == AVERAGED:
-            if stage == 3:
-                raise ConfigError(
-                    "loss.outside_teachers has averaged, whose weights train.zero_stage 3 divides among the processes; use "
-                    "stage 0, 1 or 2"
-                )
-        elif isinstance(source := _source(name), _Run):
-            source.check(config.data, classes)
+        if name not in known:
+            _build(name, config.data.image_size, len(classes))
 
 
 def teacher_fingerprints(config: Config) -> dict[str, str]:
-    """By name, the SHA-256 of the weights of every teacher that is a run or a folder of weights."""
-    sources = {name: _source(name) for name in config.loss.outside_teachers if name != AVERAGED}
-    return {name: source.fingerprint() for name, source in sources.items() if isinstance(source, _Run)}
+    """By name, the SHA-256 of the weights of every teacher that is a run, as it is now."""
+    return {run.name: _fingerprint(checkpoint.find(run.place())) for run in _runs(config.loss.outside_teachers)}
+
+
+def _fingerprint(path: Path) -> str:
+    return sha256(checkpoint.evaluated_weights(path))
 
 
 @dataclass(frozen=True)
@@ -91,11 +124,15 @@ class _Run:
 
     name: str
 
-    def fingerprint(self) -> str:
-        return sha256(checkpoint.evaluated_weights(checkpoint.find(self.name)))
+    def place(self) -> str:
+        """Its checkpoint, or its repository, which every node fetches for itself."""
+        try:
+            return self.name if is_address(self.name) else str(checkpoint.find(self.name))
+        except CheckpointError as error:
+            raise CheckpointError(f"loss.outside_teachers: {error}") from None
 
     def check(self, data: DataConfig, classes: Sequence[str]) -> None:
-        meta, config = checkpoint.read_meta(checkpoint.find(self.name))
+        meta, config = checkpoint.read_meta(checkpoint.find(self.place()))
         if list(meta.classes) != list(classes):
             raise ConfigError(
                 f"loss.outside_teachers has {self.name}, which knows {len(meta.classes)} classes, {', '.join(meta.classes[:3])} "
@@ -110,26 +147,34 @@ class _Run:
                 )
 
 
-def _source(name: str) -> _Run | None:
-    """The run that a teacher is; None for a network of a library or of one's own code."""
-    if is_address(name):
-        return _Run(name)
-    return None if ":" in name or name.startswith(("timm/", "torchvision/", "transformers/")) else _Run(name)
+def _runs(names: Sequence[str]) -> list[_Run]:
+    """Those of the teachers that are neither the averages nor a network of a library or of one's own code."""
+    libraries = tuple(f"{library}/" for library in LIBRARIES)
+    return [
+        _Run(name)
+        for name in names
+        if is_address(name)
+        or Path(name).exists()
+        or not (name == AVERAGED or ":" in name or name.startswith(libraries))
+    ]
 
 
-def _load(name: str, config: Config, classes: Sequence[str]) -> nn.Module:
-    if _source(name):
-        log.info("loss.outside_teachers: %s teaches as of %s", name, checkpoint.find(name).name)
-        return checkpoint.load_model(name)
+def _build(name: str, image_size: int, classes: int) -> nn.Module:
     try:
-        network = network_of_library(name, len(classes), config.data.image_size).eval()
+        network = network_of_library(name, classes, image_size).eval()
+        with torch.no_grad():
+            given = _last(network(torch.zeros(1, 3, image_size, image_size)))
     except ConfigError as error:
         raise ConfigError(f"loss.outside_teachers: {error}") from None
-    with torch.no_grad():
-        given = _last(network(torch.zeros(1, 3, config.data.image_size, config.data.image_size)))
-    if given.shape != (1, len(classes)):
+    except Exception as error:  # their own code, on images that it may not take
+        text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ConfigError(
-            f"loss.outside_teachers has {name}, which gives {list(given.shape)} for one image; it must be [1, {len(classes)}], "
+            f"loss.outside_teachers: {name} fails on images of {image_size} x {image_size} pixels: {text}; give a network that "
+            "takes them"
+        ) from None
+    if given.shape != (1, classes):
+        raise ConfigError(
+            f"loss.outside_teachers has {name}, which gives {list(given.shape)} for one image; it must be [1, {classes}], "
             "a logit per class of these data"
         )
     return network
@@ -139,5 +184,6 @@ def _last(output: object) -> Tensor:
     """The logits in what a network gives: the last exit's, or those of a transformers output."""
     output = getattr(output, "logits", output)
     last = output[-1] if isinstance(output, tuple | list) else output
-    assert isinstance(last, Tensor), f"a teacher gives a {type(last).__name__}"
+    if not isinstance(last, Tensor):
+        raise ConfigError(f"a teacher gives a {type(last).__name__}; it must give logits [N, K], or those of its exits")
     return last

@@ -24,7 +24,9 @@ from dist_train.errors import ConfigError, DataError, StorageError, UserError
 from dist_train.loss import ExitDistillation
 from dist_train.models import MultiExitNetwork, build_model, load_pretrained
 from dist_train.models.cost import cost_columns
-from dist_train.training.outside_teachers import check_teachers
+from dist_train.models.parts import exit_parts, part_of, trained_parts
+from dist_train.training.checkpoint import is_finished
+from dist_train.training.outside_teachers import check_teachers, try_teachers
 from dist_train.training.resume import ResumePoint, resume_point
 from dist_train.training.zero import chosen_stage
 from shards.index import FILE, Index
@@ -74,10 +76,13 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
         )
     model = build_model(config.model, len(train.classes), config.data.image_size)
     ExitDistillation.from_config(config.loss, model.num_exits)
-    _check_norms(model, config)
+    if config.loss.distill_loss == "dkd" and len(train.classes) < 2:
+        raise ConfigError("loss.distill_loss is dkd, which needs two classes or more; use kl")
+    _check_norms(model, config, ranks.world_size)
     _check_writable(config.folder)
     stage = chosen_stage(config, model, ranks.world_size)
-    check_teachers(config, stage, train.classes)
+    if not is_finished(config.folder):  # a run that is done needs no teachers
+        check_teachers(config, stage, train.classes)
     return Preflight(config, train, val, model, steps, order.steps_per_epoch, stage)
 
 
@@ -124,6 +129,8 @@ def check_processes(config: Config, ranks: Ranks) -> tuple[Preflight, ResumePoin
     # A resumed run takes its weights from the checkpoint: the pretrained file may be gone by then.
     if resume is None:
         load_pretrained(ready.model, config.model)
+    if not is_finished(config.folder):
+        try_teachers(config, ready.train.classes)
     return ready, resume
 
 
@@ -156,7 +163,7 @@ def _known_places(config: Config) -> list[Path | str]:
     return found
 
 
-def _check_norms(model: MultiExitNetwork, config: Config) -> None:
+def _check_norms(model: MultiExitNetwork, config: Config, world_size: int) -> None:
     """Refuse a norm that gets a single value, which has no variance: of one image, or of whatever a pass in training sees."""
     # Those of a batch get more in training, unless it is of one image, and none in evaluation.
     if config.train.micro_batch > 1 and not any(isinstance(one, GroupNorm | _InstanceNorm) for one in model.modules()):
@@ -167,7 +174,13 @@ def _check_norms(model: MultiExitNetwork, config: Config) -> None:
     trial = copy.deepcopy(model)
     if not (_normalises(trial.eval(), 1, size) and _normalises(trial.train(), 2, size)):
         raise ConfigError(f"data.image_size is {size}, but {maps}; set a larger data.image_size, or take another norm")
-    if config.train.micro_batch == 1 and not _normalises(trial, 1, size):
+    # Norms over all ranks get the images of the others as well.  What a regime freezes is in evaluation mode.
+    alone = config.train.micro_batch == 1 and not (config.train.sync_bn and world_size > 1)
+    trained = [trained_parts(config.model, epoch) for epoch in (0, config.train.epochs)]
+    parts = exit_parts(trial)
+    for name, module in trial.named_modules():
+        module.training = not name or any(part_of(name, parts) in stage for stage in trained)
+    if alone and not _normalises(trial, 1, size):
         raise ConfigError(
             f"train.micro_batch is 1, but {maps}; set train.micro_batch to 2 or more, or a larger data.image_size"
         )

@@ -84,7 +84,7 @@ def check_resumable(path: Path, config: Config, train: Index, val: Index) -> lis
         lines.append("averaged weights start from this checkpoint's weights")
     if set(state_names(config.optim)) - set(state_names(before.optim)):
         lines.append("the optimizer's momentum starts from 0")
-    for name, fingerprint in teacher_fingerprints(config).items():
+    for name, fingerprint in ({} if meta.finished else teacher_fingerprints(config)).items():
         if meta.teachers.get(name, fingerprint) != fingerprint:
             lines.append(f"the outside teacher {name} has other weights than before")
     if val_changed(meta, val):

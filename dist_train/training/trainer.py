@@ -69,10 +69,15 @@ class Trainer:
         self.engine = Engine(ready.model, config, group)
         if averaged is not None and self.engine.averages is not None:
             share_averages(averaged, self.engine.averages.tensors)
-        self.outside_teachers = OutsideTeachers(config, ready.train.classes, group.device, averaged)
+        group.phase("outside teachers")
+        # A finished run needs no teachers, and is not to fail without them.
+        names = () if loaded and self.schedule.at_end(loaded.meta.progress) else config.loss.outside_teachers
+        self.outside_teachers = OutsideTeachers(names, config, ready.train.classes, group, averaged)
         self.meter = Meter(self.criterion.num_exits, group)
         self.clock = StepClock(group)
-        self.checkpointer = Checkpointer(config, ready, group, self.engine, self.criterion, self.meter)
+        self.checkpointer = Checkpointer(
+            config, ready, group, self.engine, self.criterion, self.meter, self.outside_teachers.fingerprints
+        )
         # From here on the ranks draw different numbers: dropout must not be the same on all of them.
         seed_random(config.seed + 1 + self.rank)
         if resume and loaded:
@@ -160,7 +165,8 @@ class Trainer:
         for number, micro in enumerate(self.clock.waiting_for(batch), start=1):
             with self.clock.computing():
                 logits = self.engine.forward(micro.images)
-                outside = self.outside_teachers.logits(micro.images, logits[0].dtype)
+                taught = self.criterion.needs_outside
+                outside = self.outside_teachers.logits(micro.images, logits[0].dtype) if taught else ()
                 loss, stats = self.criterion(logits, micro.targets, labeled=labeled, passes=steps, outside=outside)
             self.engine.backward(loss)
             self.meter.add(stats.vector, loss.detach() * steps, len(micro.ids))

@@ -46,7 +46,7 @@ def test_loss_gradient_and_statistics_are_those_of_the_formula(plain: Callable[.
     labels = torch.tensor([0, 3, -100, 8, 2, 2])
     targets = torch.nn.functional.one_hot(labels.clamp(min=0), 9) * (labels >= 0)[:, None]
     out = loss(exits, labels, outside=outside)
-    teachers = loss._teachers(out.stats.label_loss)
+    teachers = loss._teachers(out.stats.label_loss, 2)
     expected = plain(
         [*exits, *outside],
         targets,
@@ -81,8 +81,16 @@ def test_statistics_of_the_exits_need_no_teachers() -> None:
     with torch.no_grad():
         alone = criterion(teachers="last")(exits, labels).stats
     expected = ExitDistillation.from_config(LossConfig(), 3)(exits, labels).stats
-    torch.testing.assert_close(alone.label_loss, expected.label_loss)
-    torch.testing.assert_close(alone.top1, expected.top1)
+    torch.testing.assert_close(alone.vector, expected.vector)
+
+
+def test_while_the_last_exit_trains_alone_there_are_no_teachers() -> None:
+    loss, plain = criterion(teachers="last"), ExitDistillation.from_config(LossConfig(), 3)
+    exits, labels = logits(3, seed=0, grad=True), torch.arange(6)
+    for one in (loss, plain):
+        one.use_last_exit_alone()
+    assert not loss.needs_outside
+    torch.testing.assert_close(loss(exits, labels).loss, plain(exits, labels).loss)
 
 
 def test_what_does_not_fit_is_one_line() -> None:

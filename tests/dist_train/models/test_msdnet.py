@@ -407,3 +407,10 @@ def test_every_argument_is_in_the_configuration() -> None:
     for name, parameter in itertools.islice(inspect.signature(MSDNet).parameters.items(), 1, None):
         default = MSDNetConfig.model_fields[name].default
         assert default == (None if name == "stem" else parameter.default), name
+
+
+def test_norms_over_all_ranks_count_their_batches_themselves() -> None:
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(MSDNet(5, exits=2, growth=4, initial_channels=4)).train()
+    counters = [buffer for name, buffer in network.named_buffers() if name.endswith("num_batches_tracked")]
+    network(torch.randn(2, 3, 32, 32))
+    assert {int(one) for one in counters} == {1}

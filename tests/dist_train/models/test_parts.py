@@ -73,6 +73,12 @@ def test_two_classifiers_are_one_last_exit_and_start_from_weights_of_other_class
     assert exit_parts(attach_exits(Distilled(6), ["stem"], 6, image_size=16)).keys() == {"heads.0", *last}
 
 
+def test_a_layer_before_the_classifier_is_none() -> None:
+    layers = [nn.Flatten(), nn.Linear(3 * 4 * 4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)]
+    network = attach_exits(nn.Sequential(*layers), ["1"], 5, image_size=4)
+    assert exit_parts(network) == {"heads.0": EARLY_EXITS, "network.5": LAST_EXIT}
+
+
 def test_several_logits_are_refused_and_not_the_first_taken_for_all() -> None:
     network = attach_exits(Distilled(5, mean=False), ["stem"], 5, image_size=16)
     with pytest.raises(ConfigError, match=r"gives 2 tensors of 5 logits per image.* in training mode as well"):

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_train import train
+from dist_train import plan, train
 from dist_train.config import Config
 from dist_train.config_file import make_config
+from dist_train.distributed.group import Group, Ranks
 from dist_train.errors import ConfigError, UserError
-from dist_train.training.outside_teachers import OutsideTeachers, share_averages
+from dist_train.training.outside_teachers import OutsideTeachers, share_averages, try_teachers
 from dist_train.training.resume import resume_point
+from shards.index import Index
 from tests.common import SMALL_MODEL, train_all
 from tests.dist_train.training.test_resume import assert_same_state, state_at, training_lines
 
@@ -54,18 +56,23 @@ def test_averages_and_a_run_teach_and_resumed_is_uninterrupted(ranks: Any, digit
     (whole, _), (alone, _) = state_at(tmp_path / "whole", 6), state_at(tmp_path / "alone", 6)
     assert any(not torch.equal(whole[name], alone[name]) for name in whole if name.startswith("model:"))
 
+    # A finished run needs no teachers, even where they are gone.
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    assert ranks(train_all, 1, [settings(digits, tmp_path, "whole", *given)]) == [[6]]
+    (tmp_path / "moved").rename(tmp_path / "teacher")
+
     # Trained further, the teacher is another one, and the run says so.
-    config = runs(6)[0]
+    config = runs(8)[0]
+    assert _says_other_weights(config, digits) is False
     ranks(train_all, 1, [settings(digits, tmp_path, "teacher", train={"max_steps": 8, "epochs": 2})])
-    resume = resume_point(config, *_indexes(digits))
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000006")  # which says that the run is finished
+    assert _says_other_weights(config, digits)
+
+
+def _says_other_weights(config: Config, digits: Path) -> bool:
+    resume = resume_point(config, Index.load(digits / "train"), Index.load(digits / "val"))
     assert resume is not None
-    assert resume.changes == [f"the outside teacher {tmp_path / 'teacher'} has other weights than before"]
-
-
-def _indexes(digits: Path) -> tuple[Any, Any]:
-    from shards.index import Index
-
-    return Index.load(digits / "train"), Index.load(digits / "val")
+    return f"the outside teacher {config.loss.outside_teachers[1]} has other weights than before" in resume.changes
 
 
 def test_the_averages_teach_as_they_are_now() -> None:
@@ -92,14 +99,33 @@ def wrong(num_classes: int) -> nn.Module:
     return Own(num_classes + 1)
 
 
+def fails(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3, num_classes))
+
+
+class Words(nn.Module):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"probabilities": images}
+
+
+def words(num_classes: int) -> nn.Module:
+    return Words()
+
+
 def test_a_network_of_ones_own_teaches(digits: Path, tmp_path: Path) -> None:
     config = settings(digits, tmp_path, "own", f"{__name__}:Own")
-    teachers = OutsideTeachers(config, [str(number) for number in range(10)], torch.device("cpu"))
+    group = Group(Ranks(0, 1, 0, 1), 1)
+    classes = [str(number) for number in range(10)]
+    teachers = OutsideTeachers(config.loss.outside_teachers, config, classes, group)
     (given,) = teachers.logits(torch.randn(2, 3, 8, 8, requires_grad=True), torch.bfloat16)
     assert (given.shape, given.dtype, given.requires_grad) == ((2, 10), torch.bfloat16, False)
     config = settings(digits, tmp_path, "own", f"{__name__}:wrong")
     with pytest.raises(ConfigError, match=r"gives \[1, 11\] for one image; it must be \[1, 10\]"):
-        OutsideTeachers(config, [str(number) for number in range(10)], torch.device("cpu"))
+        try_teachers(config, classes)
+    for wrong_kind, said in (("fails", "fails on images of 32 x 32 pixels: mat1 and mat2"), ("words", "gives a dict")):
+        config = settings(digits, tmp_path, "own", f"{__name__}:{wrong_kind}")
+        with pytest.raises(ConfigError, match=said):
+            try_teachers(config, classes)
 
 
 def test_teachers_that_do_not_fit_are_one_line(ranks: Any, digits: Path, tmp_path: Path) -> None:
@@ -115,8 +141,9 @@ def test_teachers_that_do_not_fit_are_one_line(ranks: Any, digits: Path, tmp_pat
     assert "trained with data.mean" in said(teacher, data={"mean": [0.1, 0.1, 0.1]})
     assert "no checkpoint here" in said(str(tmp_path / "nothing"))
     assert "train.zero_stage 3 divides among the processes" in said("averaged", train={"zero_stage": 3})
-    assert "loss.outside_teachers: model.name is 'no_such_module:network', which cannot be found" in said(
-        "no_such_module:network"
-    )
+    for name in ("no_such_module:network", "timm/no_such_network"):
+        assert f"loss.outside_teachers: model.name is {name!r}" in said(name)
+        found = plan(settings(digits, tmp_path, "student", name))
+        assert [one for one in found.problems if name in one]
     with pytest.raises(ConfigError, match=r"optim\.ema_decay is not set"):
         make_config({"data": {"shards": str(digits)}, "loss": {"outside_teachers": ["averaged"]}})
