@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import re
@@ -96,7 +97,7 @@ def push(folder: Path, repository: str, private: bool, stale: Sequence[str]) -> 
     """
     client = _library().HfApi(library_name="dist_train", **_endpoint())
     try:
-        page = client.create_repo(repository, private=private, exist_ok=True)
+        page = client.create_repo(repository, private=private or None, exist_ok=True)
         client.upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -139,8 +140,19 @@ def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the account here may not do that (HTTP {status}); log in with a token that may write: `hf auth login`"
-    if status is not None:
+    if status == 429 or (status is not None and status >= 500):
         return f"the Hub answers HTTP {status}; try again later"
+    if status is not None:
+        said = next(iter(str(error).strip().splitlines()), "")
+        return f"the Hub refuses it (HTTP {status}: {said[:200]})"
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EACCES,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EDQUOT,
+    ):
+        return f"its copy cannot be written ({error.strerror}: {error.filename}); free space, or set HF_HOME to a folder of yours"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return "the Hub cannot be reached, and the repository is not in the cache; check the network"
     text = " ".join(str(error).split())

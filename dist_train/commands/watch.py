@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dist_train.arguments import Parser
 from dist_train.errors import DataError
+from dist_train.hub import is_address
 
 
 def run(arguments: list[str]) -> int:
@@ -24,6 +25,10 @@ def run(arguments: list[str]) -> int:
     from dist_train.tracking.progress import Board
     from dist_train.tracking.watch import follow
 
+    if is_address(known.run):
+        raise DataError(
+            f"{known.run}: is a network on the Hub, where nothing trains; give a run folder, such as runs/NAME"
+        )
     # A start makes the folder with its lock; what exists and has neither is no run that will start.
     if known.run.exists() and not any((known.run / name).exists() for name in ("config.yaml", "lock")):
         raise DataError(f"{known.run}: is no run folder (no config.yaml); give one, such as runs/NAME")

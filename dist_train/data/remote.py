@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ _AT_ONCE = 4
 """Shards fetched ahead at the same time by one process."""
 
 
+_OWN = re.compile(r"[0-9a-f]{16}/[0-9a-f]{16}-[^/]*\.tar")
+"""The shards in the cache, below its folder."""
 _WHEN_IT_IS_BACK = "when it is back, run the same command again"
 
 
@@ -213,6 +216,9 @@ class ShardCache:
         with self._room():
             kept = []
             for path in root.glob("*/*.tar"):
+                # Whatever else lies in the folder that data.cache names is not the cache's.
+                if not _OWN.fullmatch(path.relative_to(root).as_posix()):
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     kept.append((status.st_mtime_ns, status.st_size, path))

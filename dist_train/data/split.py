@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,10 @@ def open_index(data: DataConfig, split: str, kept: Mapping[str, Sequence[int]] |
         # Its files come one by one: where they were replaced in between, they do not belong together, but those of now do.
         _fetch_index(files, place, folder)
         index = _load(folder, kept)
+    # One without the images of its quarantine list has whole names.
+    root = folder.resolve()
+    names = [Path(shard.name).name if Path(shard.name).parent == root else shard.name for shard in index.shards]
+    index = replace(index, shards=tuple(replace(one, name=name) for one, name in zip(index.shards, names)))
     # The cache makes files of these names, and an index from elsewhere must not choose where.
     if outside := [shard.name for shard in index.shards if Path(shard.name).name != shard.name]:
         raise DataError(

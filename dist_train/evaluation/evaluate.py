@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from dist_train.prediction.stopping import for_inference
 from dist_train.prediction.timing import Timing, fastest, read_timing
 from dist_train.training import checkpoint
 from shards.index import Index
+
+log = logging.getLogger("dist_train")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def evaluate(
     costs: dict[str, list[float]] = cost_columns(model, data.image_size)
     check_budgets(budgets, np.array(costs["multiply_adds"]), "multiply_adds", clamp)
     timing = None if cost is None else read_timing(cost, model.num_exits)
-    fitted_on = Images(fitting.index or index, data, fitting.split)
+    fitted_on = Images(index if fitting.index is None else fitting.index, data, fitting.split)
     _check_calibration(fitting, bool(budgets) or shift, request, meta.fingerprint, fitted_on, trained.data)
     group = Group(Ranks.from_env(), config.faults.group_minutes)
     model = model.to(group.device).eval()
@@ -168,7 +171,10 @@ def _trained_on(fitting: _Calibration, images: Images, trained: DataConfig, refu
         try:
             seen |= set(copies(images, fitting.ids, Images(open_index(data, split), data, split)).tolist())
         except UserError as error:
-            unknown = f"whether {fitting.name} has images that the network was trained on is not known: {error}"
+            # The note becomes part of the report, which may be published; the reason names places of this machine.
+            unknown = f"whether {fitting.name} has images that the network was trained on is not known"
+            if refuse:
+                log.warning("%s: %s", unknown, error)
             return [unknown] if refuse else []
     if not seen:
         return []

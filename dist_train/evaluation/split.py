@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from dist_train.config import DataConfig
 from dist_train.data.reader import ShardReader
-from dist_train.data.remote import ShardCache
-from dist_train.errors import DataError, StorageError
+from dist_train.data.remote import DamagedShardError, ShardCache
+from dist_train.errors import DataError
 from shards.index import Index
 
 Ids = NDArray[np.int64]
@@ -92,7 +92,7 @@ def _digests(images: Images, samples: Ids) -> Iterable[tuple[int, bytes]]:
         for sample in samples.tolist():
             try:
                 yield sample, hashlib.sha256(reader.read(sample).tobytes()).digest()
-            except (OSError, StorageError):
+            except DamagedShardError:
                 continue  # evaluation says which images cannot be read
     finally:
         reader.close()

@@ -175,8 +175,13 @@ def _training(config: Config, meta: CheckpointMeta) -> str:
     if count := len(loss.outside_teachers):
         teachers.append(f"{count} teacher{'s' if count > 1 else ''} outside of the network")
     taught = f"the labels, and from {' and '.join(teachers)}" if teachers else "the labels alone"
+    together = (
+        f" An exit predicts together with those before it (`model.ensemble: {config.model.ensemble}`)."
+        if config.model.ensemble
+        else ""
+    )
     return (
-        f"## How it was trained\n\nEvery exit learns from {taught} (Phuong & Lampert, 2019). {train.epochs} epochs, of which this is "
+        f"## How it was trained\n\nEvery exit learns from {taught} (Phuong & Lampert, 2019).{together} {train.epochs} epochs, of which this is "
         f"step {meta.progress.step}; {optim.name}, learning rate {optim.lr:g}, batches of {train.global_batch} images, "
         f"{train.precision}, {meta.world_size} process{'es' if meta.world_size > 1 else ''}, seed {config.seed}. `config.yaml` has all settings; a run of one's own starts from it:\n"
         "`dist-train train config.yaml --data.shards SHARDS`."

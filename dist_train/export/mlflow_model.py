@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
@@ -24,7 +24,8 @@ DATA = "data"
 """Where MLflow puts the export in a model's folder."""
 ARTIFACTS = "early_exit_model"
 """Folder of the model among the artifacts of its run."""
-NEEDS = ("numpy", "pandas", "pillow", "onnxruntime")
+NEEDS = {"numpy": "numpy", "pandas": "pandas", "pillow": "PIL", "onnxruntime": "onnxruntime"}
+"""What pip has to install, and its modules."""
 
 
 def export_model(
@@ -46,7 +47,7 @@ def export_model(
     with tempfile.TemporaryDirectory() as draft:
         exported = export(path, point, Path(draft) / policies.FOLDER, shards, format_)
         size = json.loads((exported / policies.NAME).read_text())["preprocessing"]["crop"]
-        requirements = [f"{name}=={version(name)}" for name in NEEDS]
+        requirements = [f"{name}=={importlib.import_module(module).__version__}" for name, module in NEEDS.items()]
         try:
             with draft_folder_of(folder) as model:
                 save_model(model, Path(mlflow_loader.__file__), exported, _grey_image(size), requirements)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import importlib
 import importlib.util
 import logging
 import re
@@ -34,7 +34,8 @@ def check_installed() -> None:
 
 def versions() -> dict[str, str | int]:
     """Of the operators, and of the libraries that made the programs and that they were compared in."""
-    return {"opset": OPSET} | {name: importlib.metadata.version(name) for name in ("torch", *RUNTIME)}
+    # Asked of the modules: ONNX Runtime comes from distributions of several names, such as onnxruntime-gpu.
+    return {"opset": OPSET} | {name: importlib.import_module(name).__version__ for name in ("torch", *RUNTIME)}
 
 
 def write_programs(staged: StagedNetwork, image_size: int, folder: Path) -> list[str]:

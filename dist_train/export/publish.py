@@ -14,6 +14,7 @@ from dist_train.errors import CheckpointError, ConfigError
 from dist_train.export import policy as policies
 from dist_train.export.card import card_text
 from dist_train.files import draft_folder_of
+from dist_train.models.named import LIBRARIES
 from dist_train.training import checkpoint
 
 STALE = ("report.json", f"{policies.FOLDER}/*")
@@ -62,7 +63,10 @@ def write_published(path: str | Path, folder: Path, address: str) -> list[str]:
             if not file.is_file():
                 raise CheckpointError(f"{file}: is missing; export again, or remove {file.parent}")
             shutil.copyfile(file, folder / policies.FOLDER / file.name)
-    card = card_text(address, config, meta, report, exported is not None)
+    try:
+        card = card_text(address, config, meta, report, exported is not None)
+    except (KeyError, TypeError, IndexError):
+        raise CheckpointError(f"{run / 'report.json'}: is damaged; write it again, or remove it") from None
     (folder / "README.md").write_text(card, encoding="utf-8")
     if type(config.model) is FunctionConfig:
         lacking.append(f"the code of {config.model.name}, without which the network cannot be loaded elsewhere")
@@ -104,7 +108,7 @@ def _without_places(config: Config) -> Config:
     pretrained = config.model.pretrained
     if isinstance(pretrained, Path):
         pretrained = Path(_name(pretrained))
-    teachers = [name if name == AVERAGED or "://" in name else _name(name) for name in config.loss.outside_teachers]
+    teachers = [_teacher(name) for name in config.loss.outside_teachers]
     defaults = Config(data=data)
     return config.model_copy(
         update={
@@ -116,6 +120,12 @@ def _without_places(config: Config) -> Config:
             "slurm": defaults.slurm,
         }
     )
+
+
+def _teacher(name: str) -> str:
+    """A network of a library or of the Hub as it is called, of a run its name alone."""
+    libraries = tuple(f"{library}/" for library in LIBRARIES)
+    return name if name == AVERAGED or "://" in name or name.startswith(libraries) else _name(name)
 
 
 def _name(place: Path | str) -> str:

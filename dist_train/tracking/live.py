@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dist_train.files import write_whole
 from dist_train.render.figure import legend_below, line_style, new_figure, to_png
@@ -14,6 +14,7 @@ from dist_train.render.table import Table, duration
 from dist_train.tracking.progress import EXIT_COLUMNS, exit_rows, facts_of
 from dist_train.tracking.watch import Moment, Watched
 
+T = TypeVar("T")
 REFRESH_SECONDS = 5
 """Between two versions of the page; a version takes about half a second of a core."""
 POINTS = 300
@@ -64,10 +65,16 @@ def html_page(run: Watched) -> str:
     return page(str(run.folder), parts, refresh_seconds=None if run.finished else REFRESH_SECONDS)
 
 
+def _spread(entries: Sequence[T]) -> list[T]:
+    """At most ``POINTS`` of them, the first and the newest included."""
+    steps = max(1, len(entries) - 1)
+    count = min(POINTS, len(entries))
+    return [entries[round(number * steps / max(1, count - 1))] for number in range(count)]
+
+
 def _curves(run: Watched) -> bytes:
     figure, panels = new_figure(7.5, rows=3, columns=2, sharex=True)
-    moments = run.moments[:: max(1, len(run.moments) // POINTS)]
-    validations = run.validations[:: max(1, len(run.validations) // POINTS)]
+    moments, validations = _spread(run.moments), _spread(run.validations)
 
     def single(axes: Any, title: str, value: Callable[[Moment], float]) -> None:
         axes.plot([one.batch for one in moments], [value(one) for one in moments], **line_style(0) | {"marker": ""})

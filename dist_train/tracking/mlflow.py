@@ -202,6 +202,12 @@ def watch_machine(uri: str, run_id: str) -> Any:
     return monitor
 
 
+def is_watching(monitor: Any) -> bool:
+    """Whether the thread of :func:`watch_machine` still runs."""
+    thread = getattr(monitor, "_process", None)
+    return thread is None or bool(thread.is_alive())
+
+
 def log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
     """Log a run's settings, which MLflow lets nobody change later."""
     from mlflow.entities import Param

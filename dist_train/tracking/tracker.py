@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_train.config import Config
 from dist_train.tracking.mirror import Mirror, SyncState
-from dist_train.tracking.mlflow import PARENT, reason, tracking_uri, watch_machine
+from dist_train.tracking.mlflow import PARENT, is_watching, reason, tracking_uri, watch_machine
 
 log = logging.getLogger("dist_train")
 
@@ -91,6 +91,9 @@ class Tracker:
                     if not last:
                         self._watch_machine()
                 self._mirror.send()
+                # MLflow's thread ends at its first request that fails.
+                if self._machine is not None and not last and not is_watching(self._machine):
+                    self._watch_machine()
                 if last:
                     self._leave_machine()
                     self._mirror.finish()

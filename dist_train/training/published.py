@@ -31,7 +31,8 @@ def fetch(path: str | Path, needed: Sequence[str], optional: Sequence[str]) -> P
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{address}: holds no network that `dist-train push` wrote, it has no {missing[0]}")
-    if reason := _runs_code(load_config(folder / "config.yaml")):
+    config = load_config(folder / "config.yaml")
+    if reason := _runs_code(config) or _reaches_out(config):
         raise CheckpointError(
             f"{address}: {reason}; if you trust it, run `hf download {address.repository} --local-dir FOLDER` and load FOLDER"
         )
@@ -52,6 +53,17 @@ def _runs_code(config: Config) -> str:
         return f"its network is {network.name}, which is looked up elsewhere"
     chosen = [name for name, value in network.options.items() if not _is_number(value)]
     return f"its network has the option {chosen[0]}, which is no number" if chosen else ""
+
+
+def _reaches_out(config: Config) -> str:
+    """Why its data could be fetched from, or cached, where the configuration chooses; empty where they cannot."""
+    data = config.data
+    parts = [] if isinstance(data.train, str) else [part.shards for part in data.train]
+    places = [str(place) for place in (data.shards, *parts)]
+    places += [data.val, *(split for _, split in data.training_splits)]
+    if chosen := [place for place in places if Path(place).name != place]:
+        return f"its data lie at {chosen[0]}, which is more than a name"
+    return f"its data.cache is {data.cache}, a folder that it chooses" if data.cache is not None else ""
 
 
 def _is_number(value: Any) -> bool:

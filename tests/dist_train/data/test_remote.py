@@ -29,7 +29,7 @@ from dist_train.data.split import open_index, open_training
 from dist_train.errors import ConfigError, DataError, StorageError
 from dist_train.evaluation.evaluate import _exists
 from dist_train.evaluation.split import Images, check_disjoint
-from shards.index import Index
+from shards.index import Bad, Index
 from shards.make import ShardSize, make_samples
 from shards.sources import Sample
 from tests.common import cpu_loader
@@ -159,6 +159,9 @@ def test_a_small_cache_makes_room_and_gives_the_same(
     local = remote.local_folder(DataConfig(shards=server.url, cache=tmp_path), f"{server.url}/train")
     local.mkdir()
     (local / ".shard-000003.tar.999999999.tmp").write_bytes(b"half of a sh")
+    others = tmp_path / "photos" / "shard-000000.tar"  # in a folder that serves for other things as well
+    others.parent.mkdir()
+    others.write_bytes(b"somebody's")
     largest = max(path.stat().st_size for path in (digits / "train").glob("*.tar"))
     loader = remote_loader(server.url, tmp_path, shuffle_shards=2, cache_gb=5.5 * largest / 1e9)
     most = 0
@@ -169,8 +172,9 @@ def test_a_small_cache_makes_room_and_gives_the_same(
             seen.append(micro.images)
         # Under the lock of what makes room, since a look at a folder that changes can see a file and its successor.
         with remote._lock(tmp_path / ".room.lock"):
-            most = max(most, sum(path.stat().st_size for path in tmp_path.glob("*/*.tar")))
+            most = max(most, sum(path.stat().st_size for path in tmp_path.glob("*/*-*-*.tar")))
     loader.close()
+    assert others.read_bytes() == b"somebody's"
     assert read == ids
     assert torch.equal(torch.cat(seen), images)
     assert 2 * largest < most <= 5.5 * largest  # of 15
@@ -308,6 +312,20 @@ def test_an_index_replaced_while_it_is_fetched_is_fetched_again(tmp_path: Path) 
     with serving(tmp_path / "set") as server:
         server.before["/train/index.bin"] = replace_index
         assert sorted(levels(server.url, tmp_path / "cache")) == list(range(100, 110))
+
+
+def test_a_quarantine_list_behind_a_url_keeps_its_images_out(tmp_path: Path) -> None:
+    grey(tmp_path / "set", 0)
+    index = Index.load(tmp_path / "set" / "train", quarantine=False)
+    index.save_quarantine([Bad(3, str(index.key[3]), "cut off")])
+    all_but_one = levels(f"file://{tmp_path}/set", tmp_path / "cache")
+    assert sorted(all_but_one) == sorted(set(range(10)) - {all_of(tmp_path / "set")[3]})
+
+
+def all_of(folder: Path) -> list[int]:
+    """The greys of a folder's images in the order of their ids in the whole split."""
+    (folder / "train" / "quarantine.json").unlink(missing_ok=True)
+    return levels(f"file://{folder}", folder / "cache")
 
 
 def test_closing_does_not_wait_for_a_download(server: Server, digits: Path, tmp_path: Path) -> None:

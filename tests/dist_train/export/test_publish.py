@@ -114,7 +114,12 @@ def test_nothing_of_this_machine_is_published(runs, published, tmp_path):
     config["data"]["shards"] = "s3://bucket/photos?key=password"
     config["slurm"]["account"] = "grant-password"
     config["model"]["pretrained"] = str(tmp_path / "weights.pt")
-    config["loss"]["outside_teachers"] = [str(tmp_path / "a/big"), str(tmp_path / "b/big"), "hf://team/digits"]
+    config["loss"]["outside_teachers"] = [
+        str(tmp_path / "a/big"),
+        str(tmp_path / "b/big"),
+        "hf://team/digits",
+        "timm/resnet18",
+    ]
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     assert cli.run(["push", str(path), "--folder", str(tmp_path / "out")]) == 0
     for folder in (tmp_path / "out", published[0]):
@@ -122,7 +127,10 @@ def test_nothing_of_this_machine_is_published(runs, published, tmp_path):
             assert b"password" not in data, name
             assert str(tmp_path.parent).encode() not in data, name
     written = load_config(tmp_path / "out/config.yaml")
-    assert (written.data.shards.name, written.loss.outside_teachers) == ("photos", ("big", "hf://team/digits"))
+    assert (written.data.shards.name, written.loss.outside_teachers) == (
+        "photos",
+        ("big", "hf://team/digits", "timm/resnet18"),
+    )
 
 
 def test_the_token_is_nowhere(hub, published, tmp_path, capsys, caplog):
@@ -185,6 +193,15 @@ def test_what_a_repository_holds_is_not_trusted(hub, published, tmp_path):
     def config_with(model):
         return {"config.yaml": yaml.safe_dump({"data": {"shards": "x"}, "model": model}).encode()}
 
+    # What its data are decides what is fetched, and what the cache removes.
+    for data, reason in (
+        ({"shards": "s3://bucket/photos"}, "its data lie at s3://bucket/photos, which is more than a name"),
+        ({"shards": "../photos"}, "its data lie at ../photos"),
+        ({"shards": "x", "cache": str(tmp_path)}, f"its data.cache is {tmp_path}"),
+        ({"shards": "x", "train": [{"shards": "https://evil.example/x"}]}, "its data lie at https://evil.example/x"),
+        ({"shards": "x", "val": "../val"}, "its data lie at ../val"),
+    ):
+        assert reason in fails_with(**{"config.yaml": yaml.safe_dump({"data": data}).encode()})
     # Names that point outside are not asked for.
     hub.repositories["evil/net"] = {**files, "../../outside.txt": b"outside", "export/../../up.py": b"outside"}
     load_model("hf://evil/net")
