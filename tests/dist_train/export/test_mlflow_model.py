@@ -58,13 +58,13 @@ def expected_of(folder, images, tmp_path):
     return [network.policy["classes"][one] for one in result.classes], result.confidence, result.exits
 
 
-def test_a_model_is_in_its_run_and_holds_no_pickle(model, images, tmp_path):
+def test_a_model_is_in_its_run_and_holds_no_pickle(model, images, tmp_path, monkeypatch):
     import mlflow
 
     folder, uri, said = model
     address = said.split("in MLflow  ")[1].strip()
     assert address.startswith("runs:/")
-    mlflow.set_tracking_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # set_tracking_uri would set it for all tests that follow
     loaded = mlflow.pyfunc.load_model(address)
     found = loaded.predict(pandas.DataFrame({"image": images}))
     classes, confidence, exits = expected_of(folder, images, tmp_path)
