@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from dist_train.errors import DataError
 from shards.index import Index
 
 Ids = NDArray[np.int64]
+_NUMBERS = re.compile(rb"^(?:[0-9]+-)+")
 
 
 def balanced(index: Index, share: float = 1.0) -> Ids:
@@ -59,10 +61,17 @@ def check_disjoint(calibration: Images, test: Images) -> None:
 
 
 def copies(images: Images, ids: Ids, other: Images) -> Ids:
-    """Those of ``ids`` that are in ``other`` as well, byte for byte and under the same name, as parts of one data set are."""
-    key, others = images.index.key, other.index.key
+    """Those of ``ids`` that are in ``other`` as well, byte for byte and under the same name, as parts of one data set are.
+
+    The numbers that shards put before a name differ between a data set and its part.
+    """
+    key, others = _names(images.index), _names(other.index)
     named = ids[np.isin(key[ids], others)]
     return _found_in(images, named, other, np.flatnonzero(np.isin(others, key[named])))
+
+
+def _names(index: Index) -> NDArray[np.bytes_]:
+    return np.array([_NUMBERS.sub(b"", key) for key in index.key.tolist()], dtype=np.bytes_)
 
 
 def without_copies(images: Images, ids: Ids) -> Ids:
