@@ -220,8 +220,11 @@ def test_another_split_for_calibration(run_folder, digits, ranks, tmp_path):
     assert np.bincount(result.calibration.labels).tolist() == [counts.min()] * 10
 
 
-def test_images_of_the_training_are_found_in_shards_made_anew(run_folder, digits, ranks, refused, command, tmp_path):
-    made = command("shards", "subset", digits, tmp_path / "few", "--per-class", 20)
+@pytest.mark.parametrize("how", [[], ["--copy"]])
+def test_images_of_the_training_are_found_in_shards_made_anew(
+    how, run_folder, digits, ranks, refused, command, tmp_path
+):
+    made = command("shards", "subset", digits, tmp_path / "few", "--per-class", 20, *how)
     assert made.returncode == 0, made.stderr
     shards = shutil.copytree(digits, tmp_path / "shards")
     shutil.copytree(tmp_path / "few" / "train", shards / "part")
