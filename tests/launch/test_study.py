@@ -203,7 +203,10 @@ def test_a_cell_trained_with_other_settings_is_refused(study_file, capsys):
     )
 
 
-@pytest.mark.parametrize(("name", "number"), [("digits", 18), ("cifar10_laptop", 10), ("cifar10", 60), ("imagenet", 7)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("digits", 18), ("cifar10_laptop", 10), ("cifar10_small", 60), ("cifar10", 60), ("imagenet", 7)],
+)
 def test_shipped_studies_have_valid_cells(request, name, number):
     study = load_study(request.config.rootpath / "configs" / f"study_{name}.yaml")
     assert len({cell.name for cell in cells(study)}) == number
