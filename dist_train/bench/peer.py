@@ -41,7 +41,7 @@ def load_peer(checkout: Path, ours: Mapping[str, Any]) -> nn.Module:
 
 def _arguments(ours: Mapping[str, Any]) -> SimpleNamespace:
     """The repository's command-line arguments by name."""
-    known = {**_defaults(), **ours}
+    known = {**(MSDNet.__init__.__kwdefaults__ or {}), **ours}
     return SimpleNamespace(
         data="ImageNet" if known["stem"] == 224 else "cifar100",
         nBlocks=known["exits"],
@@ -57,7 +57,3 @@ def _arguments(ours: Mapping[str, Any]) -> SimpleNamespace:
         prune=known["prune"],
         reduction=known["reduction"],
     )
-
-
-def _defaults() -> dict[str, Any]:
-    return dict(MSDNet.__init__.__kwdefaults__ or {})

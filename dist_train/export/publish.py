@@ -14,7 +14,7 @@ from dist_train.errors import CheckpointError, ConfigError
 from dist_train.export import policy as policies
 from dist_train.export.card import card_text
 from dist_train.files import draft_folder_of
-from dist_train.models.named import LIBRARIES
+from dist_train.models.named import is_named
 from dist_train.training import checkpoint
 
 STALE = ("report.json", f"{policies.FOLDER}/*")
@@ -124,8 +124,7 @@ def _without_places(config: Config) -> Config:
 
 def _teacher(name: str) -> str:
     """A network of a library or of the Hub as it is called, of a run its name alone."""
-    libraries = tuple(f"{library}/" for library in LIBRARIES)
-    return name if name == AVERAGED or "://" in name or name.startswith(libraries) else _name(name)
+    return name if name == AVERAGED or "://" in name or is_named(name) else _name(name)
 
 
 def _name(place: Path | str) -> str:

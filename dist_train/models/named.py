@@ -17,6 +17,11 @@ EXITS = 3
 LIBRARIES = ("timm", "torchvision", "transformers")
 
 
+def is_named(name: str) -> bool:
+    """Whether a name is that of a library's network, ``LIBRARY/NAME``."""
+    return name.startswith(tuple(f"{library}/" for library in LIBRARIES))
+
+
 def build_named(name: str, num_classes: int, image_size: int, options: Mapping[str, Any]) -> nn.Module:
     """The network ``LIBRARY/NAME`` with fresh weights; nothing is downloaded but a transformers model's configuration.
 

@@ -17,7 +17,7 @@ from dist_train.errors import CheckpointError, ConfigError
 from dist_train.files import sha256
 from dist_train.hub import is_address
 from dist_train.models import network_of_library
-from dist_train.models.named import LIBRARIES
+from dist_train.models.named import is_named
 from dist_train.precision import autocast
 from dist_train.training import checkpoint
 
@@ -149,13 +149,10 @@ class _Run:
 
 def _runs(names: Sequence[str]) -> list[_Run]:
     """Those of the teachers that are neither the averages nor a network of a library or of one's own code."""
-    libraries = tuple(f"{library}/" for library in LIBRARIES)
     return [
         _Run(name)
         for name in names
-        if is_address(name)
-        or Path(name).exists()
-        or not (name == AVERAGED or ":" in name or name.startswith(libraries))
+        if is_address(name) or Path(name).exists() or not (name == AVERAGED or ":" in name or is_named(name))
     ]
 
 

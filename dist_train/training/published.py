@@ -58,9 +58,9 @@ def _runs_code(config: Config) -> str:
 def _reaches_out(config: Config) -> str:
     """Why its data could be fetched from, or cached, where the configuration chooses; empty where they cannot."""
     data = config.data
-    parts = [] if isinstance(data.train, str) else [part.shards for part in data.train]
-    places = [str(place) for place in (data.shards, *parts)]
-    places += [data.val, *(split for _, split in data.training_splits)]
+    places = [str(data.shards), data.val]
+    for part, split in data.training_splits:
+        places += [str(part.shards), split]
     if chosen := [place for place in places if Path(place).name != place]:
         return f"its data lie at {chosen[0]}, which is more than a name"
     return f"its data.cache is {data.cache}, a folder that it chooses" if data.cache is not None else ""
