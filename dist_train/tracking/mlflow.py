@@ -45,6 +45,11 @@ def ui_command(uri: str) -> str:
     return f"{program} ui --backend-store-uri {uri}"
 
 
+def load() -> None:
+    """Import MLflow, which takes seconds; raises what the import raises."""
+    import mlflow.tracking  # noqa: F401
+
+
 def connect(uri: str, experiment: str) -> tuple[Any, str]:
     """A client of a server or store, and the id of an experiment there, which is created if it is missing.
 

@@ -7,15 +7,18 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from dist_train.config import Config
 from dist_train.tracking.mirror import Mirror, SyncState
-from dist_train.tracking.mlflow import PARENT, is_watching, reason, tracking_uri, watch_machine
+from dist_train.tracking.mlflow import PARENT, is_watching, load, reason, tracking_uri, watch_machine
 
 log = logging.getLogger("dist_train")
 
 SEND_SECONDS = 2.0
+LAST_TRIES = 5
+"""How often the end of a run is sent before it is given up: SQLite refuses at once where two runs write, and is free soon."""
 
 
 class Tracker:
@@ -28,6 +31,7 @@ class Tracker:
         self._open = False
         self._machine: Any = None
         self._warned = False
+        self._imported = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         if self.uri is None:
@@ -71,6 +75,8 @@ class Tracker:
             return
         with contextlib.suppress(OSError):
             self._state.update(status=status, ended=int(time.time() * 1000))
+        # MLflow's import always ends, and takes long where all cores are at work: it is no server that hangs.
+        self._imported.wait()
         self._stop.set()
         # A server that hangs must not hold up the end of the run for longer than this.
         self._thread.join(timeout)
@@ -82,36 +88,44 @@ class Tracker:
             )
 
     def _work(self) -> None:
-        while True:
-            last = self._stop.wait(SEND_SECONDS)
-            try:
-                if not self._open:
-                    self._mirror.open()
-                    self._open = True
-                    if not last:
-                        self._watch_machine()
-                self._mirror.send()
-                # MLflow's thread ends at its first request that fails.
-                if self._machine is not None and not last and not is_watching(self._machine):
-                    self._watch_machine()
-                if last:
-                    self._leave_machine()
-                    self._mirror.finish()
-            except Exception as error:  # whatever MLflow raises: the mirror must never end the run
-                # Opened again at the next try: the server may have been restarted, and may have lost the run.
-                self._open = False
-                self._warn(reason(error))
-            if last:
+        with contextlib.suppress(Exception):  # the first try says what is wrong
+            load()
+        self._imported.set()
+        while not self._stop.wait(SEND_SECONDS):
+            self._try(self._send)
+        for _ in range(LAST_TRIES):
+            if self._try(self._finish):
                 return
+            time.sleep(1.0)
 
-    def _watch_machine(self) -> None:
-        # Anew after every outage, which ends MLflow's thread, and for another run, where the server has lost the one before.
+    def _try(self, send: Callable[[], None]) -> bool:
+        try:
+            if not self._open:
+                self._mirror.open()
+                self._open = True
+                self._leave_machine()  # where the server has lost the run, it is another one from here on
+            send()
+        except Exception as error:  # whatever MLflow raises: the mirror must never end the run
+            # Opened again at the next try: the server may have been restarted, and may have lost the run.
+            self._open = False
+            self._warn(reason(error))
+        return self._open
+
+    def _send(self) -> None:
+        self._mirror.send()
+        # MLflow's thread ends at its first request that fails.
+        if self._machine is None or not is_watching(self._machine):
+            self._leave_machine()
+            assert self.uri is not None
+            assert self.run_id is not None
+            # What MLflow cannot measure here must not keep the run's own metrics from it.
+            with contextlib.suppress(Exception):
+                self._machine = watch_machine(self.uri, self.run_id)
+
+    def _finish(self) -> None:
+        self._mirror.send()
         self._leave_machine()
-        assert self.uri is not None
-        assert self.run_id is not None
-        # What MLflow cannot measure here must not keep the run's own metrics from it.
-        with contextlib.suppress(Exception):
-            self._machine = watch_machine(self.uri, self.run_id)
+        self._mirror.finish()
 
     def _leave_machine(self) -> None:
         if self._machine is not None:

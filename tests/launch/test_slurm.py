@@ -93,8 +93,9 @@ class Runs:
 
         client = MlflowClient(tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
         experiment = client.get_experiment_by_name("dist_train").experiment_id
-        (run,) = client.search_runs([experiment], filter_string=f"tags.mlflow.runName = '{name}'")
-        return client, run
+        found = client.search_runs([experiment], filter_string=f"tags.mlflow.runName = '{name}'")
+        assert len(found) == 1, self.log(name)
+        return client, found[0]
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -181,9 +183,27 @@ def test_the_machine_is_logged_while_a_run_is_tracked_and_goes_on_with_it(run, c
     assert watch_machine("sqlite:///nowhere", "none") is None
 
 
+def test_the_end_of_a_run_is_sent_again_where_another_run_held_the_store(run, client, tmp_path, caplog):
+    folder = run("r")
+    other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    tracker = Tracker(load_config(folder / "config.yaml"), {"command": "x"})
+    closing = threading.Thread(target=tracker.close, args=["FAILED"])
+    closing.start()
+    while "cannot be used" not in caplog.text:
+        assert closing.is_alive()
+        time.sleep(0.05)
+    other.execute("ROLLBACK")
+    closing.join()
+    assert client.get_run(run_id(folder)).info.status == "FAILED"
+    assert "database is locked" in caplog.text
+    assert "does not have the whole run" not in caplog.text
+
+
 def test_a_new_store_is_made_and_a_machine_watched_without_a_word(tmp_path):
     code = """
 import sys
+import threading
 from dist_train.tracking.mlflow import connect, watch_machine
 client, experiment = connect(sys.argv[1], "e")
 watch_machine(sys.argv[1], client.create_run(experiment).info.run_id).finish()
