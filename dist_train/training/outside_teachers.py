@@ -109,6 +109,11 @@ def try_teachers(config: Config, classes: Sequence[str]) -> None:
             _build(name, config.data.image_size, len(classes))
 
 
+def teacher_folders(config: Config) -> list[Path]:
+    """Where the teachers that are runs or weights on a disk are."""
+    return [Path(run.name) for run in _runs(config.loss.outside_teachers) if not is_address(run.name)]
+
+
 def teacher_fingerprints(config: Config) -> dict[str, str]:
     """By name, the SHA-256 of the weights of every teacher that is a run, as it is now."""
     return {run.name: _fingerprint(checkpoint.find(run.place())) for run in _runs(config.loss.outside_teachers)}

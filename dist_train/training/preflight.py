@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from dist_train.models import MultiExitNetwork, build_model, load_pretrained
 from dist_train.models.cost import cost_columns
 from dist_train.models.parts import exit_parts, part_of, trained_parts
 from dist_train.training.checkpoint import is_finished
-from dist_train.training.outside_teachers import check_teachers, try_teachers
+from dist_train.training.outside_teachers import check_teachers, teacher_folders, try_teachers
 from dist_train.training.resume import ResumePoint, resume_point
 from dist_train.training.zero import chosen_stage
 from shards.index import FILE, Index
@@ -82,7 +82,8 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
     _check_writable(config.folder)
     stage = chosen_stage(config, model, ranks.world_size)
     if not is_finished(config.folder):  # a run that is done needs no teachers
-        check_teachers(config, stage, train.classes)
+        with _mounted(config, teacher_folders):
+            check_teachers(config, stage, train.classes)
     return Preflight(config, train, val, model, steps, order.steps_per_epoch, stage)
 
 
@@ -128,21 +129,53 @@ def check_processes(config: Config, ranks: Ranks) -> tuple[Preflight, ResumePoin
     resume = resume_point(config, ready.train, ready.val)
     # A resumed run takes its weights from the checkpoint: the pretrained file may be gone by then.
     if resume is None:
-        load_pretrained(ready.model, config.model)
+        load_first_weights(config, ready.model)
     if not is_finished(config.folder):
         try_teachers(config, ready.train.classes)
     return ready, resume
 
 
+def load_first_weights(config: Config, model: MultiExitNetwork) -> None:
+    """Put the weights of ``model.pretrained``, if there are any, into the network of a run that begins.
+
+    Raises:
+        UserError: they cannot be read, or do not fit.
+    """
+    with _mounted(config, _weight_files):
+        load_pretrained(model, config.model)
+
+
 def _open_data(config: Config) -> tuple[Index, Index]:
     """The indices of what the run validates and trains on."""
     kept = KeptQuarantine(config.folder).read()
-    try:
+    with _mounted(config, _data_files):
         val = open_split(config.data, config.data.val, kept)
         return val, open_training(config.data, val.classes, kept)
-    except DataError:
-        gone = [place for place in _places(config) if isinstance(place, Path) and not (place / FILE).exists()]
-        if not gone or gone[0] not in _known_places(config):
+
+
+def _data_files(config: Config) -> list[Path]:
+    places = [config.data.location(config.data.val), *config.data.training_locations]
+    return [place / FILE for place in places if isinstance(place, Path)]
+
+
+def _weight_files(config: Config) -> list[Path]:
+    pretrained = config.model.pretrained
+    return [pretrained] if isinstance(pretrained, Path) else []
+
+
+@contextlib.contextmanager
+def _mounted(config: Config, files: Callable[[Config], list[Path]]) -> Iterator[None]:
+    """Raise StorageError, which is tried again, where a file is gone that this run has found before, and UserError if not.
+
+    Args:
+        config: the run's.
+        files: what a configuration needs in this block.
+    """
+    try:
+        yield
+    except UserError:
+        gone = [file for file in files(config) if not file.exists()]
+        if not gone or gone[0] not in _known(config, files):
             raise
         raise StorageError(
             f"{gone[0]}: is not there, but it was when this run was submitted or last started; run the same command again when "
@@ -150,16 +183,12 @@ def _open_data(config: Config) -> tuple[Index, Index]:
         ) from None
 
 
-def _places(config: Config) -> list[Path | str]:
-    return [config.data.location(config.data.val), *config.data.training_locations]
-
-
-def _known_places(config: Config) -> list[Path | str]:
-    """Where earlier starts, or the submission, of this run have found its data."""
+def _known(config: Config, files: Callable[[Config], list[Path]]) -> list[Path]:
+    """What earlier starts, or the submission, of this run have found."""
     found = []
     for name in ("config.yaml", "slurm/submitted.yaml"):
         with contextlib.suppress(UserError):
-            found += _places(load_config(config.folder / name))
+            found += files(load_config(config.folder / name))
     return found
 
 

@@ -14,7 +14,6 @@ from dist_train.data.pipeline import GlobalBatch, Loader
 from dist_train.distributed.group import Group
 from dist_train.distributed.watchdog import Watchdog
 from dist_train.loss import ExitDistillation
-from dist_train.models import load_pretrained
 from dist_train.models.parts import WITHOUT_EARLY_EXITS, trained_parts
 from dist_train.precision import emulation_warning
 from dist_train.training import checkpoint
@@ -26,7 +25,7 @@ from dist_train.training.health import SkippedSteps, StopRequests
 from dist_train.training.memory import explain_out_of_memory, peak_memory
 from dist_train.training.meter import Meter, StepClock
 from dist_train.training.outside_teachers import OutsideTeachers, share_averages
-from dist_train.training.preflight import Preflight
+from dist_train.training.preflight import Preflight, load_first_weights
 from dist_train.training.random_state import seed_random
 from dist_train.training.resume import resume_point
 from dist_train.training.run_folder import Run, RunFolder
@@ -58,7 +57,7 @@ class Trainer:
         if resume and loaded:
             checkpoint.load_weights(ready.model, loaded.model, resume.path)
         else:
-            load_pretrained(ready.model, config.model)
+            load_first_weights(config, ready.model)
         self.criterion = ExitDistillation.from_config(config.loss, ready.model.num_exits).to(group.device)
         group.phase("DALI")
         loader = Loader.of_run(config, ready.val, group, split=config.data.val)

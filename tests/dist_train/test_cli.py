@@ -101,12 +101,25 @@ def test_shards_that_were_there_are_waited_for_and_a_wrong_path_is_a_mistake(con
     (run / "config.yaml").write_text(dump_config(load_config(config, "--data.shards", str(own_shards))))
     assert cli.run(words) == 1
     said = capsys.readouterr().err
-    assert f"{own_shards / 'val'}: is not there, but it was" in said
+    assert f"{own_shards / 'val' / 'index.json'}: is not there, but it was" in said
     assert said.count("\n") == 1
     assert local.main(["-n", "1", *words[1:]]) == 1
     # A mount point without what is mounted there.
     own_shards.mkdir()
     assert cli.run(words) == 1
+
+
+@pytest.mark.parametrize("field", ["model.pretrained", "loss.outside_teachers"])
+def test_weights_that_were_there_are_waited_for(config, tmp_path, capsys, field):
+    gone = tmp_path / "mounted" / "weights"
+    words = [f"--{field}", f"[{gone}]" if field == "loss.outside_teachers" else str(gone)]
+    for _ in range(2):  # what was never there is a mistake, however often it is started
+        assert cli.run(["train", str(config), *words]) == 2
+    assert str(gone) in capsys.readouterr().err
+    (tmp_path / "runs" / "try").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "runs" / "try" / "config.yaml").write_text(dump_config(load_config(config, *words)))
+    assert cli.run(["train", str(config), *words]) == 1
+    assert f"{gone}: is not there, but it was" in capsys.readouterr().err
 
 
 def test_a_label_outside_of_the_classes_is_refused(config, own_shards, refused):
