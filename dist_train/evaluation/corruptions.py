@@ -50,14 +50,26 @@ def corrupt(images: Tensor, ids: Sequence[int], corruption: str, severity: int) 
         mean = images.mean(dim=(2, 3), keepdim=True)
         worse = (images - mean) * amount + mean
     else:
-        smaller = [max(1, int(side * amount)) for side in images.shape[2:]]
-        worse = functional.interpolate(functional.interpolate(images, smaller, mode="area"), images.shape[2:])
+        height, width = (max(1, int(side * amount)) for side in images.shape[2:])
+        smaller = _box(images.shape[2], height, images) @ images @ _box(images.shape[3], width, images).T
+        worse = functional.interpolate(smaller, images.shape[2:], mode="nearest-exact")
     return worse.clamp(0, 1)
 
 
 def _noise(images: Tensor, ids: Sequence[int]) -> Tensor:
     rows = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(max(0, number))) for number in ids]
     return torch.stack(rows).to(images)
+
+
+def _box(pixels: int, fewer: int, like: Tensor) -> Tensor:
+    """Weights [fewer, pixels] that average a line of pixels, each counted where its centre lies, as Pillow's BOX does.
+
+    Interpolation by "area" counts pixels on a border twice, and so blurs more where the sizes are no multiples.
+    """
+    centres = torch.arange(pixels, dtype=torch.float64) + 0.5
+    owner = (centres * fewer / pixels).ceil().long() - 1
+    weights = functional.one_hot(owner, fewer).T.to(like)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _blur(images: Tensor, deviation: float) -> Tensor:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -103,6 +104,17 @@ def test_the_blur_is_the_gaussian_filter():
     wanted = np.stack([gaussian_filter(channel, 1.0, mode="nearest", truncate=4) for channel in images[0].numpy()])
     np.testing.assert_allclose(corrupt(images, [0], "gaussian_blur", 5)[0].numpy(), wanted, atol=1e-5)
     assert corrupt(torch.zeros(1, 3, 8, 8), [0], "brightness", 5).unique().tolist() == pytest.approx([0.3])
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (96, 224)])
+def test_pixelation_is_that_of_pillow(height, width):
+    image = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+    images = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    for severity, side in enumerate(TABLE["pixelate"][max(height, width) > 64], start=1):
+        smaller = Image.fromarray(image).resize((int(width * side), int(height * side)), Image.Resampling.BOX)
+        wanted = np.asarray(smaller.resize((width, height), Image.Resampling.NEAREST))
+        found = 255 * corrupt(images, [0], "pixelate", severity)[0].permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(found, wanted, atol=1.001)  # Pillow rounds after each direction
 
 
 def test_a_share_of_exits_that_leaves_its_interval_is_said_and_no_other():
