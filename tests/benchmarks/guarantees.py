@@ -1,9 +1,9 @@
 """How often guarantees are broken, what they save, and what cross-fitting gains: many splits of outputs whose truth is known.
 
-    python tests/benchmarks/guarantees.py [SPLITS] [PROCESSES]
+    python tests/benchmarks/guarantees.py [SPLITS] [PROCESSES] [RUN SPLIT]
 
-Every split draws n images, with replacement, from a population of 100,000 synthetic ones, so the risk on new images is
-that of the population.
+Every split draws n images, with replacement, from a population, so the risk on new images is that of the population: 100,000
+synthetic images, or those of a split of shards as a trained run sees them.
 """
 
 import sys
@@ -17,13 +17,33 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from dist_train.prediction import budget, crossfit
 from dist_train.prediction.risk import RISKS, Outputs, Target, certify, losses
 from dist_train.prediction.search import Search
-from tests.dist_train.prediction.synthetic import population
+from tests.dist_train.prediction import synthetic
 
 IMAGES = (200, 1000, 5000)
-EPSILON = {"gap": 0.01, "consistency": 0.01, "error": 0.06, "cost": 0.4}
 DELTA = 0.05
-TRUTH = population(images=100_000)
+
+
+def truth_of(run, split):
+    """The outputs of a run on a split of its shards."""
+    from dist_train import evaluate
+
+    report = evaluate(run, split)
+    samples = report.samples
+    return synthetic.Outputs(
+        samples["max_probability"], samples["prediction"], samples.labels, np.array(report.costs["multiply_adds"])
+    )
+
+
+SPLITS, PROCESSES, *RUN = (*sys.argv[1:], *("1000", "1")[len(sys.argv) - 1 :])
+TRUTH = truth_of(*RUN) if RUN else synthetic.population(images=100_000)
 OUTPUTS = Outputs(TRUTH.scores, TRUTH.predictions, TRUTH.labels)
+COSTS = TRUTH.costs / TRUTH.costs[-1]
+EPSILON = {
+    "gap": 0.01,
+    "consistency": 0.01,
+    "error": round(1 - float(TRUTH.correct[:, -1].mean()) + 0.01, 2),
+    "cost": round(0.75 * float(COSTS[0]) + 0.25, 2),
+}
 BUDGETS = np.linspace(TRUTH.costs[0], TRUTH.costs[-1], 8)[1:-1].tolist()
 
 
@@ -84,7 +104,8 @@ def fits(task):
 
 
 def main():
-    splits, processes = (int(word) for word in (*sys.argv[1:], *("1000", "1")[len(sys.argv) - 1 :]))
+    splits, processes = int(SPLITS), int(PROCESSES)
+    print("correct", TRUTH.correct.mean(axis=0), "costs", COSTS, "epsilon", EPSILON)
     best = hindsight()
     with ProcessPoolExecutor(processes) as pool:
         for images in IMAGES:
