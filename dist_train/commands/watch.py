@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -39,18 +40,27 @@ def run(arguments: list[str]) -> int:
 
         live = LivePage(known.run)
         print(f"page: {live.path}", flush=True)
-    said = False
-    with Board() as board:
-        for watched, entries in follow(known.run):
-            for line in board.show(watched, entries):
-                print(line, flush=True)
-            if live is None:
-                continue
-            try:
-                live.show(watched)
-            except OSError as error:
-                # Said once; a disk that is full now may have room later.
-                if not said:
-                    print(f"{live.path}: cannot be written ({error.strerror}); looking on", file=sys.stderr, flush=True)
-                said = True
+    said, watched = False, None
+    try:
+        with Board() as board:
+            for watched, entries in follow(known.run):
+                for line in board.show(watched, entries):
+                    print(line, flush=True)
+                if live is None:
+                    continue
+                try:
+                    live.show(watched)
+                except OSError as error:
+                    # Said once; a disk that is full now may have room later.
+                    if not said:
+                        print(
+                            f"{live.path}: cannot be written ({error.strerror}); looking on",
+                            file=sys.stderr,
+                            flush=True,
+                        )
+                    said = True
+    finally:  # also at Ctrl-C, while the run goes on
+        if live and watched:
+            with contextlib.suppress(OSError):
+                live.leave(watched)
     return 0

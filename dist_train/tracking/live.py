@@ -44,10 +44,26 @@ class LivePage:
         write_whole(self.path, html_page(run))
         self._shown = now
 
+    def leave(self, run: Watched) -> None:
+        """Say on the page of a run that goes on that nobody writes it any more.
 
-def html_page(run: Watched) -> str:
-    """The page: how far the run is, what its newest line says, its exits, and its curves."""
-    head = [run.state]
+        Raises:
+            OSError: it cannot be written.
+        """
+        if run.config is not None and not run.finished:
+            write_whole(self.path, html_page(run, current=False))
+
+
+def html_page(run: Watched, current: bool = True) -> str:
+    """The page: how far the run is, what its newest line says, its exits, and its curves.
+
+    Args:
+        run: what is shown.
+        current: whether the page will be written again, so that a browser is to load it again.
+    """
+    head = [
+        run.state if current else f"{run.state} when `dist-train watch --html` was left, which keeps this page current"
+    ]
     if run.total:
         head.append(f"step {run.batch} of {run.total}")
         if run.running and not run.finished and run.seconds_left is not None:
@@ -62,7 +78,7 @@ def html_page(run: Watched) -> str:
         )
     if run.moments or run.validations:
         parts.append(section("Over the steps", "", picture(_curves(run), "metrics over the steps")))
-    return page(str(run.folder), parts, refresh_seconds=None if run.finished else REFRESH_SECONDS)
+    return page(str(run.folder), parts, refresh_seconds=REFRESH_SECONDS if current and not run.finished else None)
 
 
 def _spread(entries: Sequence[T]) -> list[T]:

@@ -1,6 +1,7 @@
 """`dist-train watch`: a run that has not started, trains, is resumed, is killed, has ended."""
 
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -155,6 +156,24 @@ def test_the_page_follows_the_run_refreshes_itself_and_stops_with_it(config, mon
     page.show(run)
     text = page.path.read_text()
     assert "finished" in text
+    assert "http-equiv" not in text
+
+
+def test_a_page_that_is_left_while_the_run_goes_on_says_so(config):
+    begin(config)
+    page = config.folder / "live.html"
+    with RunLock(config.folder) as lock:
+        lock.acquire()
+        watching = subprocess.Popen(
+            [sys.executable, "-m", "dist_train", "watch", config.folder, "--html"], cwd=ROOT, stderr=subprocess.PIPE
+        )
+        while not page.exists():
+            assert watching.poll() is None
+            time.sleep(0.1)
+        watching.send_signal(signal.SIGINT)
+        watching.communicate()
+    text = page.read_text()
+    assert "starting when `dist-train watch --html` was left" in text
     assert "http-equiv" not in text
 
 
