@@ -32,6 +32,8 @@ class Memory:
     buffers: int
     """In which gradients are reduced and, at stage 3, weights gathered."""
     activations: int
+    teachers: int = 0
+    """Weights of ``loss.outside_teachers``."""
 
     @property
     def total(self) -> int:
@@ -39,7 +41,9 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def estimate(model: nn.Module, config: Config, stage: int, world_size: int, activations: int) -> Memory:
+def estimate(
+    model: nn.Module, config: Config, stage: int, world_size: int, activations: int, teachers: int = 0
+) -> Memory:
     """What a process of so many will need; counted allocations of DeepSpeed agree within 10 % (``test_memory.py``)."""
     sizes = [4 * parameter.numel() for parameter in model.parameters()]
     network, bucket = sum(sizes), 4 * bucket_elements(sum(sizes) // 4)
@@ -60,6 +64,7 @@ def estimate(model: nn.Module, config: Config, stage: int, world_size: int, acti
         optimizer=(states + (stage > 0)) * share[2],
         buffers=buffers[stage],
         activations=activations,
+        teachers=teachers,
     )
 
 

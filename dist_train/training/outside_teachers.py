@@ -114,6 +114,21 @@ def teacher_folders(config: Config) -> list[Path]:
     return [Path(run.name) for run in _runs(config.loss.outside_teachers) if not is_address(run.name)]
 
 
+def teacher_bytes(config: Config, classes: Sequence[str]) -> int:
+    """What the weights of all teachers take in memory; the averages, which the run has anyway, take nothing more.
+
+    Raises:
+        UserError: as :func:`check_teachers` and :func:`try_teachers`.
+    """
+    runs = {run.name: run.place() for run in _runs(config.loss.outside_teachers)}
+    total = sum(checkpoint.evaluated_weights(checkpoint.find(place)).stat().st_size for place in runs.values())
+    for name in config.loss.outside_teachers:
+        if name not in {AVERAGED, *runs}:
+            network = _build(name, config.data.image_size, len(classes))
+            total += sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    return total
+
+
 def teacher_fingerprints(config: Config) -> dict[str, str]:
     """By name, the SHA-256 of the weights of every teacher that is a run, as it is now."""
     return {run.name: _fingerprint(checkpoint.find(run.place())) for run in _runs(config.loss.outside_teachers)}

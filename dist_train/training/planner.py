@@ -22,6 +22,7 @@ from dist_train.training import checkpoint
 from dist_train.training.checkpoint import Progress
 from dist_train.training.memory import Memory, estimate, gpu_memory
 from dist_train.training.optim import state_names
+from dist_train.training.outside_teachers import teacher_bytes
 from dist_train.training.preflight import check_processes
 from dist_train.training.schedule import Schedule
 
@@ -115,7 +116,7 @@ class Plan:
         lines.append(
             f"memory    per process in {name}, at {train.precision} and micro batch {train.micro_batch}{card}:"
         )
-        names = [part.name for part in fields(Memory)]
+        names = [part.name for part in fields(Memory) if any(getattr(m, part.name) for m in self.memory.values())]
         lines.append(f"{'ZeRO':>8}  " + "  ".join(f"{name:>{len(name)}}" for name in [*names, "  total"]))
         for stage, m in self.memory.items():
             chosen = "chosen" if train.zero_stage == "auto" else "configured"
@@ -142,6 +143,8 @@ def plan(config: Config, world_size: int = 1) -> Plan:
     model = ready.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     activations = activation_bytes(config, len(ready.train.classes))
+    finished = resume is not None and _has_ended(resume.path, config, ready.steps_per_epoch)
+    teachers = 0 if finished else teacher_bytes(config, ready.train.classes)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     kept = len(state_names(config.optim)) + 1 + (config.optim.ema_decay is not None)
     return Plan(
@@ -152,12 +155,12 @@ def plan(config: Config, world_size: int = 1) -> Plan:
         accumulation_steps=ready.accumulation_steps,
         steps_per_epoch=ready.steps_per_epoch,
         costs=exit_costs(model, config.data.image_size),
-        memory={stage: estimate(model, config, stage, world_size, activations) for stage in range(4)},
+        memory={stage: estimate(model, config, stage, world_size, activations, teachers) for stage in range(4)},
         zero_stage=ready.zero_stage,
         card=gpu_memory(),
         checkpoint_bytes=4 * numbers * kept,
         resumes=str(resume.path) if resume else None,
-        finished=resume is not None and _has_ended(resume.path, config, ready.steps_per_epoch),
+        finished=finished,
         notes=[*ready.train.quarantine_notes, *ready.val.quarantine_notes],
         warnings=[one for one in (emulation_warning(config.train.precision, device), _lead_time(config)) if one],
     )
