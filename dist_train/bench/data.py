@@ -23,7 +23,8 @@ from typing import Any
 from dist_train.arguments import Parser
 from dist_train.config import DataConfig
 from dist_train.data.augment import resized_crops
-from dist_train.data.order import epoch_order, micro_batches
+from dist_train.data.order import micro_batches
+from dist_train.data.passes import epoch_order
 from dist_train.data.pipeline import Loader
 from dist_train.data.reader import ShardReader
 from dist_train.errors import DataError, TrainingError

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.arguments import Parser
-from dist_train.data.order import epoch_order
+from dist_train.data.passes import epoch_order
 from dist_train.errors import ConfigError
 
 DATASETS = ((1_281_167, 1282), (14_000_000, 14_000))

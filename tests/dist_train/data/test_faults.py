@@ -64,7 +64,7 @@ def damaged(digits: Path, tmp_path: Path) -> tuple[Path, set[int]]:
 
 
 def order_of_epoch_0(folder: Path) -> list[int]:
-    from dist_train.data.order import epoch_order
+    from dist_train.data.passes import epoch_order
 
     return epoch_order(Index.load(folder).shard_sizes, 5, 0, 16).tolist()
 

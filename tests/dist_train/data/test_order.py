@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,46 +9,16 @@ import pytest
 
 from dist_train.config import DataConfig
 from dist_train.data import order
+from dist_train.data.passes import epoch_order
 from dist_train.errors import ConfigError
 from shards.index import UNLABELED
 
 SIZES = np.array([7, 100, 1, 0, 53, 99, 100, 100, 40], dtype=np.int64)
 
 
-def test_epoch_has_each_id_once() -> None:
-    for window in (1, 2, 4, 100):
-        ids = order.epoch_order(SIZES, seed=3, epoch=2, window=window)
-        assert np.array_equal(np.sort(ids), np.arange(500))
-
-
-def test_order_depends_on_seed_and_epoch_alone() -> None:
-    first = order.epoch_order(SIZES, 3, 2, 4)
-    assert np.array_equal(first, order.epoch_order(SIZES, 3, 2, 4))
-    for seed, epoch in ((4, 2), (3, 3), (2, 3)):
-        other = order.epoch_order(SIZES, seed, epoch, 4)
-        assert np.mean(first == other) < 0.05
-
-
-def test_order_is_the_one_of_earlier_versions() -> None:
-    # A run that is resumed with a newer version must go on in the same order.
-    assert order.epoch_order(np.array([3, 4, 5]), 0, 0, 2).tolist() == [11, 4, 9, 7, 8, 5, 10, 3, 6, 1, 0, 2]
-    assert order.epoch_order(np.array([3, 4, 5]), 1, 7, 3).tolist() == [10, 8, 4, 5, 1, 6, 9, 2, 3, 11, 7, 0]
-
-
-def test_a_window_reads_its_shards_only_and_mixes_them() -> None:
-    sizes = np.full(32, 50, dtype=np.int64)
-    shard = np.repeat(np.arange(32), 50)
-    read = shard[order.epoch_order(sizes, 0, 0, window=8)].reshape(4, 400)
-    windows = [set(part.tolist()) for part in read]
-    assert all(len(shards) == 8 for shards in windows)
-    assert set.union(*windows) == set(range(32))
-    # In a mixed window two neighbours are of one shard once in eight times.
-    assert np.mean(read[:, 1:] == read[:, :-1]) == pytest.approx(1 / 8, abs=0.03)
-
-
 @pytest.mark.parametrize(("last_batch", "steps"), [("drop", 10), ("wrap", 11)])
 def test_global_batches(last_batch: str, steps: int) -> None:
-    ids = order.epoch_order(SIZES, 0, 1, 4)
+    ids = epoch_order(SIZES, 0, 1, 4)
     assert order.steps_per_epoch(500, 48, last_batch) == steps  # type: ignore[arg-type]
     read = np.concatenate([order.global_batch_views(ids, batch, 48) for batch in range(steps)])
     assert np.array_equal(read, np.concatenate([ids, ids])[: 48 * steps])
@@ -62,7 +33,7 @@ def test_wrap_repeats_a_split_smaller_than_a_batch() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_micro_batches_of_a_global_batch_are_the_same_for_every_number_of_ranks(world_size: int) -> None:
-    ids = order.epoch_order(SIZES, 0, 0, 4)
+    ids = epoch_order(SIZES, 0, 0, 4)
     batch = order.global_batch_views(ids, 1, 48)
     ranks = [order.micro_batches(order.rank_slice(batch, rank, world_size), 2) for rank in range(world_size)]
     assert len({len(parts) for parts in ranks}) == 1
@@ -223,6 +194,28 @@ def test_repeats_put_other_views_of_an_image_far_apart_into_its_global_batch() -
         seen += np.bincount(made.epoch(epoch) % 500, minlength=500)
     assert sorted(seen.tolist())[:3] == [0, 0, 3]  # 500 is not a multiple of 3
     assert seen.max() == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "weight", "first", "checksum"),
+    [
+        ({}, None, [203, 19, 162], 669547472),
+        ({"labeled_fraction": 0.25}, None, [25, 297, 210], 1270857918),
+        ({"labeled_fraction": 0.25, "last_batch": "wrap"}, None, [25, 153, 210], 2161861405),
+        ({"class_balanced": True}, None, [25, 210, 91], 2184331971),
+        ({"repeated_augment": 3}, None, [44, 481, 52], 2632820557),
+        ({"labeled_fraction": 0.5, "class_balanced": True, "repeated_augment": 2}, None, [450, 122, 19], 611916828),
+        ({}, WEIGHTS, [119, 41, 37], 3947712341),
+    ],
+)
+def test_every_way_of_sampling_has_the_order_of_earlier_versions(
+    options: dict[str, object], weight: np.ndarray | None, first: list[int], checksum: int
+) -> None:
+    # A run that is resumed with a newer version must go on in the same order.
+    data = DataConfig(shards=Path("x"), shuffle_shards=4, **options)  # type: ignore[arg-type]
+    views = order.Order(SIZES, LABEL, data, 3, BATCH, weight=weight).epoch(5)
+    assert views[:3].tolist() == first
+    assert zlib.crc32(views.astype("<i8").tobytes()) == checksum
 
 
 @pytest.mark.parametrize("options", SAMPLED)

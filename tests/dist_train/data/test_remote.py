@@ -23,7 +23,7 @@ import torch
 from dist_train.cli import run
 from dist_train.config import DataConfig
 from dist_train.data import remote
-from dist_train.data.order import epoch_order
+from dist_train.data.passes import epoch_order
 from dist_train.data.pipeline import Loader
 from dist_train.data.split import open_index, open_training
 from dist_train.errors import ConfigError, DataError, StorageError

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from dist_train import plan
 from dist_train.config_file import make_config
-from dist_train.data.order import epoch_order
+from dist_train.data.passes import epoch_order
 from dist_train.tracking.metrics import read_metrics
 from shards.index import Index
 from tests.common import LIMIT, ROOT, SMALL_MODEL, train_all
