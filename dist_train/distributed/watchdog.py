@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but torch does not list it
 
 from dist_train.config import FaultConfig
+from dist_train.distributed.fault_report import FaultReport, FaultReports, exit_code_for, first_line, verdict
 from dist_train.distributed.heartbeat import Heartbeat
 from dist_train.distributed.launcher import started_at
 from dist_train.errors import FAILED, USER_ERROR, UserError
-from dist_train.files import draft_of
 
 log = logging.getLogger("dist_train")
 
@@ -34,34 +31,19 @@ JOIN = "process group"
 """The phase of a rank until all others have joined."""
 
 
-@dataclass(frozen=True)
-class FaultReport:
-    """The head of ``faults/rankN.txt``: where a rank was.  The stacks of all its threads follow it."""
-
-    rank: int
-    step: int
-    batch: int
-    phase: int
-    """Number of the phase in its step; every rank goes through the same ones."""
-    doing: str
-    seconds: float
-    """Time since it began to do that."""
-    error: str | None
-    """The exception that the rank itself failed with."""
-    exit_code: int = FAILED
-    """What the run ends with for it: another try helps against some failures, and not against others."""
-
-
 class Watchdog:
     """Watches one rank from a thread of its own; a context manager.
 
     ``step`` and ``phase`` are a few assignments, made all over the training loop.  The thread looks at them once a
     second: a phase that takes too long, or a report of another rank, ends this rank as well, with its own report.
+
+    A rank ends in one of three ways: without an error; by an exception of its own (:meth:`fail`), which it reports before
+    the exception goes its way; or from the thread (:meth:`_end_process`), because it hangs or another rank has ended.
     """
 
     def __init__(self, faults: FaultConfig, folder: Path, rank: int, world_size: int) -> None:
         self.faults = faults
-        self.report_folder = folder / "faults"
+        self.reports = FaultReports(folder / "faults", world_size)
         self.rank = rank
         self.world_size = world_size
         self._steps = self._batch = self._phases = 0
@@ -74,12 +56,13 @@ class Watchdog:
         self._heartbeat: Heartbeat | None = None
         self._stop = threading.Event()
         self._ending = threading.Lock()
+        """The main thread fails, or the watching thread ends the process: one of them, with one exit code."""
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
 
     def __enter__(self) -> Watchdog:
         # Every rank removes its report of an earlier start before the process group is made: what exists afterwards is
         # new.
-        self._path(self.rank).unlink(missing_ok=True)
+        self.reports.path(self.rank).unlink(missing_ok=True)
         self._thread.start()
         return self
 
@@ -122,45 +105,57 @@ class Watchdog:
         known_to_all = isinstance(error, UserError) and (error.on_all_ranks or not self._joined)
         if self.world_size == 1 or self._stop.is_set() or known_to_all:
             return
+        # The cause is on the rank that is gone: this one's traceback would only hide it.
         if _peer_is_gone(error):
-            self._end()
+            self._end_process()
         with self._ending:
-            self._write(error)
-            # Ranks other than 0 wait for the report of rank 0, and are silent if it failed in the same way.
-            if self.rank:  # an error that all ranks share is shown once
-                time.sleep(1)
-                first = self._reports().get(0)
-                if first and first.error == _first_line(error):
-                    os._exit(_exit_code(error))
+            self.reports.write(self._report(error), error)
+            if self.rank:
+                self._leave_it_to_rank0(error)
             # Leaving the process group can wait for ranks that never arrive.
-            timer = threading.Timer(5 * GRACE_SECONDS, os._exit, [_exit_code(error)])
+            timer = threading.Timer(5 * GRACE_SECONDS, os._exit, [exit_code_for(error)])
             timer.daemon = True
             timer.start()
+            # The exception ends this process, with its traceback: the thread must not end it before that is printed.
             self._stop.set()
+
+    def _leave_it_to_rank0(self, error: Exception) -> None:
+        """Exit silently if rank 0 has failed in the same way: an error that all ranks share is shown once."""
+        time.sleep(1)
+        first = self.reports.read().get(0)
+        if first and first.error == first_line(error):
+            os._exit(exit_code_for(error))
 
     def _work(self) -> None:
         while not self._stop.wait(min(TICK_SECONDS, self._limit / 4)):
-            # If an extension never releases the interpreter lock, this thread is stuck; faulthandler still dumps the stacks.
+            # Set anew in every round, so it fires only where this thread is stuck as well: an extension that never releases
+            # the interpreter lock stops all threads of Python, but not faulthandler's.
             if (file := _real_stderr()) is not None:
                 faulthandler.dump_traceback_later(self._limit + 60, exit=True, file=file)
-            # Reports count only after this rank has joined: before that, they can be those of an earlier start.
-            late = time.monotonic() - self._since > self._limit
-            if late or (self._joined and self._reports().keys() - {self.rank}) or self._is_next_dead():
-                self._end()
+            if self._is_late() or self._has_other_report() or self._is_next_dead():
+                self._end_process()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._since > self._limit
+
+    def _has_other_report(self) -> bool:
+        # Reports count only after this rank has joined: before that, they can be those of an earlier start.
+        return self._joined and bool(self.reports.read().keys() - {self.rank})
 
     def _is_next_dead(self) -> bool:
         return self._heartbeat is not None and self._heartbeat.is_next_silent
 
-    def _end(self) -> None:
-        """Report, say who is to blame when the other reports are there, and leave without waiting for anybody."""
+    def _end_process(self) -> None:
+        """Report, say who is to blame when the other reports are there, and leave without waiting for anybody.
+
+        Returns only where the exception of this rank is ending the process already.
+        """
         with self._ending:
             if self._stop.is_set():
                 return
-            self._write(None)
-            deadline = time.monotonic() + GRACE_SECONDS
-            while len(self._reports()) < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.1)
-            reports = self._reports()
+            # First of all, since the others end when they see it, and wait for it.
+            self.reports.write(self._report(None), None)
+            reports = self._wait_for_reports()
             failed = [report.exit_code for report in reports.values() if report.error]
             if failed:
                 time.sleep(GRACE_SECONDS / 2)  # its own traceback first
@@ -169,75 +164,38 @@ class Watchdog:
                 self._blame(reports)
             if self.at_end:
                 self.at_end()
+            # os._exit flushes nothing.  sys.exit would end this thread alone, and the main one may hang for ever.
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
+            # A mistake of the user (2) outweighs a failure (1): another try would not help.
             os._exit(max(failed, default=FAILED))
 
+    def _wait_for_reports(self) -> dict[int, FaultReport]:
+        """The reports of all ranks, or after GRACE_SECONDS of those that still could write one."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while len(self.reports.read()) < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.reports.read()
+
     def _blame(self, reports: dict[int, FaultReport]) -> None:
-        text = f"{verdict(reports, self.world_size)}; see {self.report_folder}"
+        text = f"{verdict(reports, self.world_size)}; see {self.reports.folder}"
         log.error("%s", text)  # on the screen by rank 0, else in this rank's log
+        # Where rank 0 is the one that failed or is gone, the first of the others speaks for it.
         if self.rank and self.rank == min((rank for rank, report in reports.items() if not report.error), default=0):
             print(f"dist-train: {text}", file=sys.stderr)
 
-    # ---------------------------------------------------------------------------------------------- the reports
-
-    def _path(self, rank: int) -> Path:
-        return self.report_folder / f"rank{rank}.txt"
-
-    def _write(self, error: Exception | None) -> None:
-        seconds = round(time.monotonic() - self._since, 1)
-        report = FaultReport(
-            self.rank,
-            self._steps,
-            self._batch,
-            self._phases,
-            self._doing,
-            seconds,
-            _first_line(error) if error else None,
-            _exit_code(error),
+    def _report(self, error: Exception | None) -> FaultReport:
+        return FaultReport(
+            rank=self.rank,
+            step=self._steps,
+            batch=self._batch,
+            phase=self._phases,
+            doing=self._doing,
+            seconds=round(time.monotonic() - self._since, 1),
+            error=first_line(error) if error else None,
+            exit_code=exit_code_for(error),
         )
-        path = self._path(self.rank)
-        try:
-            self.report_folder.mkdir(parents=True, exist_ok=True)
-            with draft_of(path) as draft, draft.open("w") as file:
-                file.write(json.dumps(asdict(report)) + "\n\n")
-                if error:
-                    file.writelines([*traceback.format_exception(error), "\n"])
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as failure:
-            log.error("%s: cannot be written (%s)", path, failure.strerror)
-
-    def _reports(self) -> dict[int, FaultReport]:
-        """All reports; listing the folder shows those of other nodes even over NFS."""
-        reports = {}
-        with contextlib.suppress(OSError, ValueError, TypeError), os.scandir(self.report_folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(".txt"):
-                    with open(entry.path) as file:
-                        report = FaultReport(**json.loads(file.readline()))
-                    if report.rank < self.world_size:
-                        reports[report.rank] = report
-        return reports
-
-
-def verdict(reports: dict[int, FaultReport], world_size: int) -> str:
-    """Which rank is to blame, in one line: one that failed, else one without a report, else the one furthest behind."""
-    failed = [report for report in reports.values() if report.error]
-    if failed:
-        return "; ".join(f"rank {r.rank} failed at step {r.step} ({r.doing}): {r.error}" for r in failed)
-    silent = [str(rank) for rank in range(world_size) if rank not in reports]
-    if silent:
-        return f"rank {', '.join(silent)} left no report: killed from outside, stopped, or out of memory"
-    place = {rank: (report.batch, report.phase) for rank, report in reports.items()}
-    last = min(place.values())
-    behind = [reports[rank] for rank in sorted(place) if place[rank] == last]
-    if len(behind) == world_size:
-        return f"all ranks hang at step {behind[0].step} ({behind[0].doing})"
-    names = "; ".join(f"rank {r.rank} hangs at step {r.step} ({r.doing}, for {r.seconds:.0f} s)" for r in behind)
-    others = sorted({report.doing for rank, report in reports.items() if place[rank] != last})
-    return f"{names}; the others wait for it ({', '.join(others)})"
 
 
 def _real_stderr() -> TextIO | None:
@@ -261,11 +219,3 @@ def _peer_is_gone(error: Exception) -> bool:
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _exit_code(error: Exception | None) -> int:
-    return error.exit_code if isinstance(error, UserError) else FAILED
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"

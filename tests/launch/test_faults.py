@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from dist_train.config_file import dump_config, make_config
-from dist_train.distributed.watchdog import FaultReport, verdict
+from dist_train.distributed.fault_report import FaultReport
 from dist_train.tracking.metrics import read_metrics
 from tests.common import LIMIT, ROOT
 
@@ -101,16 +101,3 @@ def test_the_slowest_rank_is_in_the_log(train, tmp_path):
     assert all(line["speed/seconds_for_slowest"] > 0.3 for line in lines)
     assert all(0.1 < line["memory/peak_gib"] < 10 for line in lines)
     assert not (tmp_path / "faulty" / "faults").exists()
-
-
-def test_who_is_to_blame():
-    def at(rank, batch, phase, doing, error=None):
-        return FaultReport(rank, batch, batch, phase, doing, 30.0, error)
-
-    behind = verdict({0: at(0, 7, 3, "update"), 1: at(1, 7, 1, "wait for data"), 2: at(2, 7, 3, "update")}, 3)
-    assert behind == "rank 1 hangs at step 7 (wait for data, for 30 s); the others wait for it (update)"
-    assert verdict({0: at(0, 7, 3, "update")}, 2).startswith("rank 1 left no report")
-    failed = verdict({0: at(0, 7, 3, "update"), 1: at(1, 8, 1, "forward pass", "ValueError: no")}, 2)
-    assert failed == "rank 1 failed at step 8 (forward pass): ValueError: no"
-    together = verdict({0: at(0, 7, 2, "forward pass"), 1: at(1, 7, 2, "forward pass")}, 2)
-    assert together == "all ranks hang at step 7 (forward pass)"
