@@ -15,9 +15,9 @@ from dist_train.arguments import Parser
 from dist_train.errors import INTERRUPTED, USER_ERROR, DataError, UserError
 from shards import check, cifar, foreign, imagenet, info, make, parquet, sheet, sources, subset
 from shards.images import KEEP, Encoding
-from shards.index import QUARANTINE_FILE
-from shards.layout import AS_IT_SHOWS, Reading
 from shards.progress import Progress
+from shards.quarantine import QUARANTINE_FILE
+from shards.reading import AS_IT_SHOWS, Reading
 from shards.slurm import Array
 from shards.source import Source
 from shards.tree import refuse_inside

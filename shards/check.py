@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.errors import DataError
-from shards.foreign import LabelForm
+from shards.foreign_labels import LabelForm
 from shards.images import Unreadable, decoded_size
-from shards.index import FILE, UNLABELED, Bad, Index
+from shards.index import UNLABELED, Index
+from shards.index_file import FILE
 from shards.processes import ProgressCallback, in_processes
+from shards.quarantine import Bad
 
 _NAMED = 3
 """Duplicates that are named; the others are counted."""

@@ -17,48 +17,19 @@ import numpy as np
 from dist_train.errors import DataError
 from dist_train.files import write_whole
 from shards import sheet
+from shards.foreign_labels import ForeignLabels, LabelForm, read_classes
 from shards.images import Unreadable, as_stored
-from shards.index import FILE, UNLABELED, Index, Shard
+from shards.index import Index, Shard
+from shards.index_file import FILE
 from shards.make import Split, drafts_in, read_manifest, write_manifest
 from shards.processes import ProgressCallback, in_processes
-from shards.source import read_path, refuse_unprintable, shown
+from shards.source import refuse_unprintable, shown
 from shards.tarsplits import find_tars
 from shards.tarstream import File, TarStream
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 SOURCES = ("cls", "json", "txt")
-NO_CLASS = ("-1", "-100")
-"""Labels that mean that there is none: torchvision's and timm's, and what torch's losses ignore."""
 _COLUMNS = ("key", "ext", "offset", "size", "width", "height", "text", "label_offset", "label_size")
-
-
-@dataclass(frozen=True)
-class LabelForm:
-    """Where a sample's label stands: in the file KEY.``ext``; of JSON, in its field ``field`` (``a.b`` for b in a)."""
-
-    ext: str
-    field: str | None = None
-
-    def means(self, data: bytes, label: int, classes: Sequence[str]) -> bool:
-        """Whether a sample's label is the class of this number, by its number or its name."""
-        try:
-            text = self.read(data)
-        except ValueError:
-            return False
-        return text == classes[label] or (text.isdecimal() and int(text) == label)
-
-    def read(self, data: bytes) -> str:
-        """The label as a text; raises ValueError if it has none."""
-        if self.ext != "json":
-            return data.decode().strip()
-        value: Any = json.loads(data)
-        for part in (self.field or "label").split("."):
-            if not isinstance(value, dict) or part not in value:
-                raise ValueError(f"its JSON has no field '{self.field or 'label'}'")
-            value = value[part]
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            raise ValueError(f"its field '{self.field or 'label'}' is a {type(value).__name__}, not a class")
-        return str(value).strip()
 
 
 @dataclass(frozen=True)
@@ -98,7 +69,7 @@ def index_folder(
     """
     splits = find_tars(folder)
     form = _label_form(next(iter(splits.values()))[0], label_from, field)
-    names = _read_classes(classes) if classes else None
+    names = read_classes(classes) if classes else None
     target = out or folder
     places = {split: _place(folder, out, split, tars) for split, tars in splits.items()}
     try:
@@ -110,7 +81,7 @@ def index_folder(
             for split, part in tasks.items():
                 _read_all(split, part, workers, report)
             found = {split: [json.loads(task.done_file.read_bytes()) for task in part] for split, part in tasks.items()}
-            labels = _Labels.of(found, names, form)
+            labels = ForeignLabels.of(found, names, form)
             for split, tars in splits.items():
                 _save(places[split], tars, found[split], labels)
             shutil.rmtree(drafts)
@@ -147,6 +118,7 @@ def _label_form(tar: Path, label_from: str | None, field: str | None) -> LabelFo
     key = None
     for file in TarStream(tar):
         stem, ext = _parts(file.name)
+        # A sample's files stand together: the first other key ends it.
         if key is not None and stem != key:
             break
         if _is_hidden(file.name):
@@ -268,72 +240,7 @@ def _add_sample(
         column.append(value)
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """The classes of all splits, and which of them a label means."""
-
-    classes: tuple[str, ...]
-    number: Mapping[str, int]
-    form: LabelForm
-
-    @classmethod
-    def of(
-        cls, found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str] | None, form: LabelForm
-    ) -> _Labels:
-        texts = {
-            split: Counter(text for part in parts for text in part["columns"]["text"]) for split, parts in found.items()
-        }
-        every = {text for counts in texts.values() for text in counts}
-        images = sum(sum(counts.values()) for counts in texts.values())
-        if not images:
-            raise DataError("no image in these tars can be read; `python -m shards index` needs some")
-        numbers = all(text.isdecimal() or text in NO_CLASS for text in every)
-        if numbers and not (names and every <= set(names)):
-            return cls._of_numbers({text: int(text) for text in every}, names, form)
-        if names is None:
-            if len(every) > max(100, images // 2):
-                raise DataError(
-                    f"its {images} samples have {len(every)} different labels, such as '{shown(min(every))[:40]}': captions, no classes; "
-                    "give --label-from or --label-key"
-                )
-            cls._refuse_extra(texts)
-            names = sorted(every.difference(NO_CLASS))
-        unknown = sorted(every.difference(NO_CLASS, names))
-        if unknown:
-            raise DataError(
-                f"the label '{shown(unknown[0])[:60]}' is none of the {len(names)} classes of --classes; add it there"
-            )
-        number = dict.fromkeys(NO_CLASS, UNLABELED) | {name: number for number, name in enumerate(names)}
-        return cls(tuple(names), number, form)
-
-    @classmethod
-    def _of_numbers(cls, numbers: dict[str, int], names: Sequence[str] | None, form: LabelForm) -> _Labels:
-        largest = max(numbers.values())
-        if largest < 0:
-            raise DataError("all of its labels are negative, which means that there is none; give another --label-key")
-        if names is None:
-            if largest >= max(1000, 100 * len(numbers)):
-                raise DataError(
-                    f"its labels are {len(numbers)} numbers up to {largest}, which are no classes from 0 on; give --classes FILE with a name for each, or another --label-key"
-                )
-            names = [str(number) for number in range(largest + 1)]
-        elif largest >= len(names):
-            raise DataError(
-                f"its labels go up to {largest}, --classes names {len(names)} classes, 0 to {len(names) - 1}"
-            )
-        return cls(tuple(names), {text: number if number >= 0 else UNLABELED for text, number in numbers.items()}, form)
-
-    @staticmethod
-    def _refuse_extra(texts: Mapping[str, Counter[str]]) -> None:
-        for split, counts in texts.items():
-            extra = sorted(set(counts).difference(NO_CLASS, texts.get("train", counts)))
-            if extra:
-                raise DataError(
-                    f"{split} has the class '{shown(extra[0])[:60]}', which train lacks; give --classes FILE with all classes"
-                )
-
-
-def _save(place: Path, tars: Sequence[Path], parts: Sequence[Mapping[str, Any]], labels: _Labels) -> None:
+def _save(place: Path, tars: Sequence[Path], parts: Sequence[Mapping[str, Any]], labels: ForeignLabels) -> None:
     """Write index, manifest, and DALI's index of every tar."""
     refuse_unprintable(labels.classes)
     place.mkdir(parents=True, exist_ok=True)
@@ -372,29 +279,6 @@ def _dali_index(found: Mapping[str, list[Any]], label: str) -> str:
         for ext, at, size, key, label_at, label_size in rows
     ]
     return f"v1.2 {len(lines)}\n" + "".join(lines)
-
-
-def _read_classes(path: Path) -> list[str]:
-    """Class names in the order of their numbers: one a line, or JSON, a list or ``{"0": name}``."""
-    try:
-        text = read_path(path).decode()
-        if text.lstrip().startswith(("[", "{")):
-            tree = json.loads(text)
-            if isinstance(tree, dict):
-                tree = [tree[str(number)] for number in range(len(tree))]
-            names = [str(name[0]) if isinstance(name, list) else str(name) for name in tree]
-        else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, KeyError, IndexError, RecursionError) as error:
-        raise DataError(
-            f"{path}: is neither a text with a class's name on every line nor JSON with them ({error})"
-        ) from None
-    if len(set(names)) < len(names):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise DataError(f"{path}: names the class '{shown(twice)}' twice")
-    return names
 
 
 def _parts(name: str) -> tuple[str, str]:

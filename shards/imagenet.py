@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from dist_train.errors import DataError
 from shards import archives
 from shards.index import UNLABELED
-from shards.layout import Reading, understand
+from shards.layout import understand
+from shards.reading import Reading
 from shards.source import Item, Source, read_file, read_path, shown
 from shards.tree import is_image, look
 

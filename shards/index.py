@@ -1,4 +1,4 @@
-"""The index of a split: what lies where in its shards; the one reader and writer of index.json and the files beside it."""
+"""The index of a split: what lies where in its shards, and which of its samples are used."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.errors import DataError
-from dist_train.files import sha256, write_whole
+from dist_train.files import sha256
 from shards import columns as table
+from shards import quarantine as quarantine_list
+from shards.index_file import COLUMNS_FILE, FILE, FORMAT, read_columns, read_json, write_json
+from shards.quarantine import QUARANTINE_FILE, Bad
 
-FORMAT = 2
-FILE = "index.json"
-COLUMNS_FILE = "index.bin"
-QUARANTINE_FILE = "quarantine.json"
 UNLABELED = -100
 
 # In the order of the file: numbers of 8 bytes before those of 4 and text, so that all are aligned.
@@ -45,14 +44,6 @@ class Shard:
     bytes: int
     sha256: str
     samples: int
-
-
-class Bad(NamedTuple):
-    """A sample that is not to be used: its id in the whole split, its key, and why."""
-
-    id: int
-    key: str
-    why: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +130,13 @@ class Index:
                 a split that is not there or is another one now, or a quarantine list for other shards.
         """
         folder = Path(folder)
-        tree = _read_json(folder)
+        tree = read_json(folder)
         try:
             if "of" in tree:
                 index, found = cls._load_list(folder, tree)
             else:
                 shards = tuple(Shard(**shard) for shard in tree["shards"])
-                index = cls._checked(tuple(tree["classes"]), shards, _read_columns(folder, tree, _COLUMNS), folder)
+                index = cls._checked(tuple(tree["classes"]), shards, read_columns(folder, tree, _COLUMNS), folder)
                 found = index.fingerprint
             stored = tree["fingerprint"]
         except (KeyError, TypeError) as error:
@@ -175,7 +166,7 @@ class Index:
             "shards": [asdict(shard) for shard in self.shards],
             **(notes or {}),
         }
-        _write_json(Path(folder) / FILE, tree)
+        write_json(Path(folder) / FILE, tree)
 
     def save_list(
         self, folder: Path, ids: NDArray[np.int64], label: NDArray[np.int64], rule: Mapping[str, Any], place: Path
@@ -196,7 +187,7 @@ class Index:
             "rows": len(ids),
             "columns": _LIST_COLUMNS,
         }
-        _write_json(folder / FILE, tree)
+        write_json(folder / FILE, tree)
 
     def take(self, ids: NDArray[np.int64], label: NDArray[np.int64] | None = None) -> Index:
         """The samples ``ids`` (rising) alone, with other labels where they are given; the shards are those that they lie in.
@@ -238,22 +229,7 @@ class Index:
             DataError: the list is malformed, or was written for other shards.
         """
         assert self.folder is not None, "only an index that was loaded has a quarantine list"
-        path = self.folder / QUARANTINE_FILE
-        try:
-            tree = json.loads(path.read_bytes())
-            entries = [Bad(int(entry["id"]), str(entry["key"]), str(entry["why"])) for entry in tree["samples"]]
-            fits = tree["fingerprint"] == self.fingerprint and all(0 <= entry.id < len(self) for entry in entries)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: is malformed ({error!r}); run `python -m shards check {self.folder}` again"
-            ) from None
-        if not fits:
-            raise DataError(f"{path}: was written for other shards; run `python -m shards check {self.folder}` again")
-        return entries
+        return quarantine_list.read(self.folder, self.fingerprint, len(self))
 
     def save_quarantine(self, entries: Sequence[Bad]) -> None:
         """Write the quarantine list of this split, which must be loaded whole; an empty one is removed.
@@ -262,14 +238,7 @@ class Index:
             DataError: it cannot be written.
         """
         assert self.folder is not None, "only an index that was loaded has a quarantine list"
-        path = self.folder / QUARANTINE_FILE
-        try:
-            if entries:
-                _write_json(path, {"fingerprint": self.fingerprint, "samples": [entry._asdict() for entry in entries]})
-            else:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror}); training would use what is bad") from None
+        quarantine_list.write(self.folder, self.fingerprint, entries)
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -330,7 +299,7 @@ class Index:
         whole = cls.load(source, quarantine=False)
         if whole.fingerprint != tree["of_fingerprint"]:
             raise DataError(f"{folder / FILE}: the shards in {source} are others now; make the subset again")
-        rows = _read_columns(folder, tree, _LIST_COLUMNS)
+        rows = read_columns(folder, tree, _LIST_COLUMNS)
         ids, label = rows["id"], rows["label"]
         if not len(ids) or ids[0] < 0 or ids[-1] >= len(whole) or np.any(np.diff(ids) <= 0):
             raise DataError(
@@ -387,56 +356,6 @@ def _list_fingerprint(whole: str, ids: NDArray[np.int64], label: NDArray[np.int6
     digest = hashlib.sha256(whole.encode())
     digest.update(ids.astype("<i8").tobytes() + label.astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    path = folder / FILE
-    if not folder.is_dir() or not path.exists():
-        tars = next((place for place in (folder, folder.parent) if any(place.glob("*.tar"))), None)
-        if tars:
-            # The folder of all splits, where others have tars as well.
-            splits = {path.parent for path in folder.parent.glob("*/*.tar")}
-            whole = folder.parent if tars == folder and len(splits) > 1 else tars
-            raise DataError(
-                f"{folder}: has no {FILE}, but {tars} holds tars; index them with `python -m shards index {whole}`"
-            )
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of shards; make it with `python -m shards make`")
-    try:
-        tree = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{folder}: has no {FILE}; make the shards with `python -m shards make`") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise DataError(f"{path}: is not valid JSON ({error}); make the shards again") from None
-    version = tree.get("format") if isinstance(tree, dict) else None
-    if not isinstance(tree, dict) or not isinstance(version, int):
-        raise DataError(f"{path}: is not an index of shards; make the shards with `python -m shards make`")
-    if version != FORMAT:
-        remedy = "update the program" if version > FORMAT else "make the shards again"
-        raise DataError(f"{path}: has format {version}, this version reads format {FORMAT}; {remedy}")
-    return tree
-
-
-def _read_columns(folder: Path, tree: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    path = folder / COLUMNS_FILE
-    try:
-        arrays = table.read(path, tree["columns"], int(tree["rows"]))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it belongs to {FILE}, copy both") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is not what {FILE} says ({error}); make the shards again") from None
-    wrong = [
-        name for name, kind in expected.items() if name not in arrays or not np.issubdtype(arrays[name].dtype, kind)
-    ]
-    if wrong or len(arrays) != len(expected):
-        raise DataError(f"{path}: has a faulty column ({', '.join(wrong or arrays)}); make the shards again")
-    return {name: arrays[name] for name in expected}
-
-
-def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(tree, separators=(",", ":")))
 
 
 def _column(values: Any, dtype: Any) -> NDArray[Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.index import FILE, UNLABELED, Index
+from shards.index import UNLABELED, Index
+from shards.index_file import FILE
 from shards.make import MANIFEST, read_manifest
 
 

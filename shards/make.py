@@ -23,7 +23,8 @@ from dist_train.errors import DataError, UserError
 from dist_train.files import DRAFT, flush, write_whole
 from shards import sheet, sources
 from shards.images import KEEP, Encoding
-from shards.index import FILE, UNLABELED, Index
+from shards.index import UNLABELED, Index
+from shards.index_file import FILE
 from shards.pack import COLUMNS, ShardResult, Task, write_shard
 from shards.processes import ProgressCallback, in_processes
 from shards.slurm import refuse_jobs
@@ -98,6 +99,7 @@ def make(
     with drafts_in(out) as drafts:
         opened = _opened(source, drafts / "source") if callable(source) else source
         draft = drafts / _plan(opened, size, encoding)
+        # Killed behind the last rename: all is there, made by this very plan.
         if (out / f"{_FINISHED}{draft.name}").exists() and all((out / split).exists() for split in opened.splits):
             shutil.rmtree(drafts)
             _remove_finished(out)
@@ -113,19 +115,26 @@ def make(
                 _make_split(opened, split, draft / split, tasks[split], workers, report)
                 if with_sheet:
                     sheet.write(draft / split)
+            # From here on a start after a kill packs nothing again, and only renames what is left to rename.
             (draft / _COMPLETE).touch()
             flush(draft)
-        pending = [split for split in opened.splits if (draft / split).exists()]
-        refuse_existing(out, pending, others=False)
-        for split in pending:
-            for done_file in (draft / split).glob("shard-*.json"):
-                done_file.unlink()
-            os.rename(draft / split, out / split)
-        flush(out)
+        _put_in_place(opened.splits, draft, out)
         # One rename ends it.  Should this process be killed behind it, the next start sees by the plan that all is done.
         os.rename(drafts, out / f"{_FINISHED}{draft.name}")
         _remove_finished(out)
     return [_made(out / split) for split in opened.splits]
+
+
+def _put_in_place(splits: Iterable[str], draft: Path, out: Path) -> None:
+    """Rename the finished splits from the drafts to ``out``."""
+    # After a kill between two renames some of them are in their places already.
+    pending = [split for split in splits if (draft / split).exists()]
+    refuse_existing(out, pending, others=False)
+    for split in pending:
+        for done_file in (draft / split).glob("shard-*.json"):
+            done_file.unlink()
+        os.rename(draft / split, out / split)
+    flush(out)
 
 
 def _made(folder: Path) -> Split:
@@ -284,6 +293,7 @@ def _cut(items: Sequence[Item], size: ShardSize) -> Iterator[tuple[int, list[Ite
 
 def _plan(source: Source, size: ShardSize, encoding: Encoding) -> str:
     """A name for what is being made: another one when the source, its files or the options are others."""
+    # With Pillow's version, because another one may encode what is converted to other bytes.
     digest = hashlib.sha256(repr((source.classes, source.version, size, encoding, PIL.__version__)).encode())
     for split, items in source.splits.items():
         digest.update(repr(split).encode())

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from dist_train.errors import DataError
 from dist_train.files import draft_of, write_whole
 from shards.index import UNLABELED
-from shards.layout import split_of, split_words
 from shards.processes import ProgressCallback
 from shards.source import SPLITS, Item, Source, read_file, shown
+from shards.split_names import split_of, split_words
 
 if TYPE_CHECKING:
     import pyarrow
@@ -242,6 +242,7 @@ def _rows(info: Any, file: Any, columns: Columns) -> Iterator[tuple[str, int | s
 
 def _label(info: Any, row: int, label: Any, columns: Columns) -> int | str | None:
     """A row's class, None without one."""
+    # -1 is how data sets of the Hugging Face Hub write the labels that they keep to themselves.
     if label is None or label == -1:
         return None
     if isinstance(label, int):

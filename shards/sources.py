@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from dist_train.errors import DataError
 from dist_train.files import draft_of
 from shards import imagenet
-from shards.index import FILE, UNLABELED
-from shards.layout import AS_IT_SHOWS, Reading, understand
+from shards.index import UNLABELED
+from shards.index_file import FILE
+from shards.layout import understand
+from shards.reading import AS_IT_SHOWS, Reading
 from shards.source import SPLITS, Item, Source, png, read_file, shown
 from shards.tree import look, without_outer
 

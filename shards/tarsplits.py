@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.errors import DataError
-from shards.layout import split_of, split_words
 from shards.source import SPLITS
+from shards.split_names import split_of, split_words
 
 
 def find_tars(folder: Path) -> dict[str, list[Path]]:

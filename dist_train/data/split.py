@@ -12,10 +12,12 @@ from dist_train.config import DataConfig
 from dist_train.data.remote import BESIDE, fetch, file_system, local_folder, named_as_cached
 from dist_train.errors import ConfigError, DataError, StorageError
 from dist_train.files import draft_of, write_whole
-from shards.index import FILE, Index
+from shards.index import Index
+from shards.index_file import FILE
 from shards.mixture import Part, mix
 
 HASHED_BYTES = 1_000_000_000
+"""Up to so many, all shards are hashed at every start where ``data.verify`` is auto: some seconds."""
 
 
 def open_split(data: DataConfig, split: str, kept: Mapping[str, Sequence[int]] | None = None) -> Index:

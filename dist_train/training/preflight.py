@@ -29,7 +29,8 @@ from dist_train.training.checkpoint import is_finished
 from dist_train.training.outside_teachers import check_teachers, teacher_folders, try_teachers
 from dist_train.training.resume import ResumePoint, resume_point
 from dist_train.training.zero import chosen_stage
-from shards.index import FILE, Index
+from shards.index import Index
+from shards.index_file import FILE
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import pytest
 
 from shards import pack as pack_module
 from shards.__main__ import main
-from shards.index import Bad, Index
+from shards.index import Index
+from shards.quarantine import Bad
 from shards.source import Item, read_file
 from tests.common import refusal
 from tests.shards.test_foreign import pack, rows, samples
 from tests.shards.test_foreign import picture as image
-from tests.shards.test_layouts import lay, pictures, stored
+from tests.shards.trees import lay, pictures, stored
 
 
 def packed(tmp_path: Path, *options: str) -> dict[str, str]:

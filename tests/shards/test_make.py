@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_train.errors import DataError
 from shards import sources
 from shards.__main__ import main
 from shards.index import Index
-from shards.make import ShardSize, make
+from shards.make import Sample, ShardSize, make, make_samples
 from tests.common import ROOT, tree
 
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "owl": (30, 30, 200)}
@@ -294,3 +295,28 @@ def test_a_script_that_its_workers_would_run_again_is_told_so(tmp_path: Path) ->
     last = done.stderr.splitlines()[-1]
     assert "DataError: a worker process ended before it had done anything" in last
     assert "if __name__ == '__main__':" in last
+
+
+@pytest.mark.parametrize(
+    ("sample", "line"),
+    [
+        (Sample("x", "a", [1, 2]), "sample x: its image is a list; give the bytes of an encoded image, a PIL image, or uint8 [H, W] or [H, W, 3]"),
+        (Sample("x", "a", np.zeros((4, 4))), "sample x: its image is an array float64 [4, 4]; give uint8 [H, W] or [H, W, 3]"),
+        (Sample("x", "a", np.zeros((3, 4, 4), np.uint8)), "sample x: its image is an array uint8 [3, 4, 4]; give uint8 [H, W] or [H, W, 3]"),
+        (Sample("x", 3, b"x"), "sample x: its label is a int; give the class's name, or None without one"),  # type: ignore[arg-type]
+        (Sample(7, "a", b"x"), "sample 7: its name is a int; give a text"),  # type: ignore[arg-type]
+        (Sample("x", "a", b"x", "valid"), "sample x: its split is 'valid'; allowed are train, val, test"),
+        ("x", "a sample is a str; give Sample(name, label, image, split)"),
+    ],
+)  # fmt: skip
+def test_a_sample_of_a_wrong_type_is_refused_when_it_comes(sample: Sample, line: str, tmp_path: Path) -> None:
+    later = []
+
+    def given():  # type: ignore[no-untyped-def]
+        yield sample
+        later.append(1)
+
+    with pytest.raises(DataError) as error:
+        make_samples(given(), tmp_path / "out")
+    assert (str(error.value), later) == (line, [])
+    assert not (tmp_path / "out").exists()

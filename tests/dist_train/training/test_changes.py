@@ -11,7 +11,8 @@ import pytest
 
 from dist_train.config_file import make_config
 from dist_train.training import checkpoint
-from shards.index import Bad, Index
+from shards.index import Index
+from shards.quarantine import Bad
 from tests.common import SMALL_MODEL
 
 CHANGES = {

@@ -151,7 +151,7 @@ def test_what_cannot_be_mixed_is_one_line(digits: Path, tmp_path: Path, refused:
 
 def test_the_quarantine_of_a_part_is_kept_and_its_growth_is_said(digits: Path, tmp_path: Path) -> None:
     from dist_train.data.split import KeptQuarantine
-    from shards.index import Bad
+    from shards.quarantine import Bad
 
     shutil.copytree(digits, tmp_path / "digits")
     config = settings(digits, tmp_path, "run", [{"shards": str(tmp_path / "digits")}, {"shards": str(digits)}])
