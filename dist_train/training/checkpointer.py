@@ -108,6 +108,11 @@ class Checkpointer:
         every = self.config.checkpoint.every_steps
         return bool(every and applied and progress.step % every == 0)
 
+    def due_by_epochs(self, epoch: int) -> bool:
+        """Whether a checkpoint is due at the end of the epoch that is the ``epoch``-th, counted from 1."""
+        every = self.config.checkpoint.every_epochs
+        return bool(every and epoch % every == 0)
+
     def save(self, progress: Progress, *, finished: bool = False, last: bool = False) -> bool:
         """Write a checkpoint, unless the same one exists already; whether it exists now.
 

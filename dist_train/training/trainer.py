@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable
 
 import torch
 
@@ -17,20 +16,21 @@ from dist_train.loss import ExitDistillation
 from dist_train.models.parts import WITHOUT_EARLY_EXITS, trained_parts
 from dist_train.precision import emulation_warning
 from dist_train.training import checkpoint
-from dist_train.training.checkpoint import Progress
+from dist_train.training.checkpoint import Checkpoint, Progress
 from dist_train.training.checkpointer import Checkpointer
 from dist_train.training.determinism import explain_nondeterministic_operations
 from dist_train.training.engine import Engine, Update
+from dist_train.training.epoch_end import EpochEnd
 from dist_train.training.health import SkippedSteps, StopRequests
 from dist_train.training.memory import explain_out_of_memory, peak_memory
 from dist_train.training.meter import Meter, StepClock
 from dist_train.training.outside_teachers import OutsideTeachers, share_averages
 from dist_train.training.preflight import Preflight, load_first_weights
 from dist_train.training.random_state import seed_random
-from dist_train.training.resume import resume_point
+from dist_train.training.resume import ResumePoint, resume_point
 from dist_train.training.run_folder import Run, RunFolder
 from dist_train.training.schedule import Schedule
-from dist_train.training.validation import Validation, Validator
+from dist_train.training.validation import Validator
 
 log = logging.getLogger("dist_train")
 
@@ -46,18 +46,10 @@ class Trainer:
         self.rank = group.ranks.rank
         self.schedule = Schedule(config, ready.steps_per_epoch)
         self.progress = Progress()
-        self.validation: Validation | None = None
         self.update = Update(applied=True, gradient_norm=float("nan"))
         self.learning_rate = float("nan")
 
-        # Rank 0 decides for all, and the checkpoint that it has checked is the one that is loaded.
-        resume = group.on_rank0(lambda: resume_point(config, ready.train, ready.val))
-        log.info("starting %s: loading DALI and DeepSpeed; the first step comes after that", config.folder)
-        loaded = checkpoint.read(resume.path) if resume else None
-        if resume and loaded:
-            checkpoint.load_weights(ready.model, loaded.model, resume.path)
-        else:
-            load_first_weights(config, ready.model)
+        resume, loaded = self._load_weights()
         self.criterion = ExitDistillation.from_config(config.loss, ready.model.num_exits).to(group.device)
         group.phase("DALI")
         loader = Loader.of_run(config, ready.val, group, split=config.data.val)
@@ -93,7 +85,24 @@ class Trainer:
         slow = emulation_warning(config.train.precision, group.device.type)
         self.run_folder.begin(self.progress, self.schedule.validation_is_due(self.progress), resume, [order, slow])
         watchdog.at_end = functools.partial(self.run_folder.close, "FAILED", timeout=10)
-        self._save_after_validation = False
+        self.epoch_end = EpochEnd(
+            group, self.schedule, self.engine, self.validator, self.checkpointer, self.run_folder, requests
+        )
+        self.save_is_due = False
+        """Whether a checkpoint was due with the last batch."""
+
+    def _load_weights(self) -> tuple[ResumePoint | None, Checkpoint | None]:
+        """Give the network the weights that it begins with; the checkpoint that they are from, if it is resumed."""
+        ready, model = self.ready, self.ready.model
+        # Rank 0 decides for all, and the checkpoint that it has checked is the one that is loaded.
+        resume = self.group.on_rank0(lambda: resume_point(self.config, ready.train, ready.val))
+        log.info("starting %s: loading DALI and DeepSpeed; the first step comes after that", self.config.folder)
+        if resume is None:
+            load_first_weights(self.config, model)
+            return None, None
+        loaded = checkpoint.read(resume.path)
+        checkpoint.load_weights(model, loaded.model, resume.path)
+        return resume, loaded
 
     def run(self) -> Run:
         """Train to the end, or to the next step boundary after a request to stop."""
@@ -102,17 +111,20 @@ class Trainer:
             out_of_memory = explain_out_of_memory(self.config, self.group)
             with self.run_folder.display, out_of_memory, explain_nondeterministic_operations():
                 while not stopped:
+                    # First, because a start that resumes at the end of an epoch may owe its validation.
                     if self.schedule.at_boundary(self.progress):
-                        stopped = self._end_epoch()
+                        stopped = self.epoch_end.run(self.progress, self.save_is_due)
                     if stopped or self.schedule.at_end(self.progress):
                         break
                     stopped = self._train_epoch()
+            # Stopped is not ended, to MLflow: the next start goes on in the same run.
             status = "RUNNING" if stopped else "FINISHED"
             return self._close(finished=not stopped)
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         except Exception as error:
+            # Before anything is closed, which may wait for a server: the other ranks wait for this report.
             self.watchdog.fail(error)
             raise
         finally:
@@ -139,27 +151,31 @@ class Trainer:
 
     def step(self, batch: GlobalBatch) -> bool:
         """Train on one global batch, log and save where that is due; true if the run must stop now."""
-        finish_vote = self._train_on(batch)
+        confidence, loss = self._accumulate(batch)
+        # A signal reaches the ranks at different steps: they agree, so that all of them save after the same one.  On a GPU
+        # they do while it is still busy with what was queued, and the update waits for it.
+        finish_vote = self.group.vote(self.requests.reason is not None, self.checkpointer.due_by_time)
+        self._update(confidence, loss)
         # The last steps, too: a run of fewer than log_every would say nothing about its training.
         if self.progress.batch % self.config.tracking.log_every == 0 or self.schedule.at_end(self.progress):
             self._log_training()
-        stop, save = finish_vote()
-        save = save or self.checkpointer.due_by_steps(self.progress, self.update.applied)
+        stop, due_by_time = finish_vote()
+        self.save_is_due = due_by_time or self.checkpointer.due_by_steps(self.progress, self.update.applied)
         # At the end of an epoch the checkpoint follows the validation, whose result it keeps.
-        if stop or (save and not self.schedule.at_boundary(self.progress)):
-            self._save(last=stop)
-        self._save_after_validation = save
+        if stop or (self.save_is_due and not self.schedule.at_boundary(self.progress)):
+            self.checkpointer.save(self.progress, last=stop)
         return stop
 
-    def _train_on(self, batch: GlobalBatch) -> Callable[[], tuple[bool, ...]]:
-        """Forward and backward over the micro batches, one update, one move of the temperature.
+    def _accumulate(self, batch: GlobalBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward over this rank's micro batches: the gradient, averaged over all of them and the ranks.
 
         Returns:
-            a function that waits for the vote of all ranks and returns whether to stop, and whether to save.
+            for the temperature, the sum of the teacher's confidence and the number of images; and the loss of this rank.
         """
         steps, device = self.ready.accumulation_steps, self.group.device
         # Averaged over ranks and micro batches, label terms divided by this give the mean over the labeled images.
         labeled = max(1, batch.labeled) / (self.group.ranks.world_size * steps)
+        # They stay on the device: reading one here would wait for all that is queued, in every micro batch.
         confidence, total = torch.zeros(2, device=device), torch.zeros((), device=device)
         for number, micro in enumerate(self.clock.waiting_for(batch), start=1):
             with self.clock.computing():
@@ -168,67 +184,34 @@ class Trainer:
                 outside = self.outside_teachers.logits(micro.images, logits[0].dtype) if taught else ()
                 loss, stats = self.criterion(logits, micro.targets, labeled=labeled, passes=steps, outside=outside)
             self.engine.backward(loss)
+            # The loss is divided by the passes, so that gradients add up to their mean; logged is the whole.
             self.meter.add(stats.vector, loss.detach() * steps, len(micro.ids))
             confidence += torch.stack([stats.confidence, stats.samples])
             total += loss.detach()
+            # DeepSpeed counts micro batches itself, to know at which one it updates.
             if number < steps:
                 self.engine.update(None)
-        # A signal reaches the ranks at different steps: they agree, so that all of them save after the same one.  On a GPU
-        # they do while it is still busy with what was queued, and the update waits for it.
-        finish_vote = self.group.vote(self.requests.reason is not None, self.checkpointer.due_by_time)
-        self.learning_rate = self.schedule.learning_rate(self.progress)
-        update = self.engine.update(self.learning_rate, self.progress.batch)
+        return confidence, total
+
+    def _update(self, confidence: torch.Tensor, loss: torch.Tensor) -> None:
+        """Update the weights with the accumulated gradient, and move on: progress, temperature, stage, watchdog."""
+        progress = self.progress
+        self.learning_rate = self.schedule.learning_rate(progress)
+        update = self.engine.update(self.learning_rate, progress.batch)
         assert update is not None
         self.update = update
-        self.progress.batch += 1
+        progress.batch += 1
         if update.applied:
             # A skipped step moves neither the learning rate nor the temperature; its batch is consumed all the same.
-            self.progress.step += 1
+            progress.step += 1
             if self.criterion.needs_confidence:
                 self.group.sum(confidence)
             self.criterion.end_batch(confidence)
-        self.schedule.begin_stage(self.progress)
-        self.skipped_steps.count(update.applied, total, self.progress, self.engine.loss_scale)
-        self.skipped_steps.check(self.progress)
-        self.watchdog.step(self.progress.step, self.progress.batch)
-        self.run_folder.display.step(self.progress.batch)
-        return finish_vote
-
-    def _end_epoch(self) -> bool:
-        """Validate and save where one of them is due, once for a batch; true if the run must stop before it is done."""
-        epoch, finished = self.schedule.epochs_begun(self.progress), self.schedule.at_end(self.progress)
-        save, self._save_after_validation = self._save_after_validation, False
-        best, before = False, (self.progress.best_score, self.progress.best_step)
-        if self.schedule.validation_is_due(self.progress):
-            self.validation = self.validator.run(self._validated_weights(), lambda: self.requests.reason is not None)
-            if self.validation is None:
-                self._save(last=True)
-                return True
-            best = self._note(self.validation)
-            self.run_folder.log_validation(self.progress, epoch, self.validation, best)
-        if finished:
-            self._report()
-        every = self.config.checkpoint.every_epochs
-        due = best or finished or save or (every and epoch % every == 0)
-        if due and not self._save(finished=finished, last=finished) and best:
-            # The best one is a checkpoint that is there.
-            self.progress.best_score, self.progress.best_step = before
-        return False
-
-    def _save(self, *, finished: bool = False, last: bool = False) -> bool:
-        return self.checkpointer.save(self.progress, finished=finished, last=last)
-
-    def _note(self, validation: Validation) -> bool:
-        """Take a validation into the progress; whether it is the best one so far."""
-        progress, score = self.progress, validation.mean_top1
-        progress.evaluated = progress.batch
-        best = progress.best_score is None or score > progress.best_score
-        if best:
-            progress.best_score, progress.best_step = score, progress.step
-        return best
-
-    def _validated_weights(self) -> dict[str, torch.Tensor]:
-        return self.engine.averaged_weights() or self.engine.weights()
+        self.schedule.begin_stage(progress)
+        self.skipped_steps.count(update.applied, loss, progress, self.engine.loss_scale)
+        self.skipped_steps.check(progress)
+        self.watchdog.step(progress.step, progress.batch)
+        self.run_folder.display.step(progress.batch)
 
     def _log_training(self) -> None:
         metrics = self.meter.reduce_and_reset(self.clock)
@@ -239,6 +222,7 @@ class Trainer:
             "train/skipped_steps": float(self.progress.skipped_steps),
             "train/epoch": self.progress.batch / self.ready.steps_per_epoch,
             "train/failed_saves": float(self.checkpointer.failed_saves),
+            # A collective: where they are too many, all ranks stop at the same step.
             "train/unreadable_images": float(self.loader.bad.count(self.group)),
         }
         if self.engine.projected_gradients is not None:
@@ -249,20 +233,12 @@ class Trainer:
         self.run_folder.log(self.progress, metrics)
         self.run_folder.display.metrics(self.progress.batch, metrics["train/epoch"], metrics)
 
-    def _report(self) -> None:
-        """Write report.json at the end; a run that had ended before keeps the one that it has."""
-        if self.validation is None:
-            if self.group.on_rank0(lambda: self.run_folder.has_report):
-                return
-            self.validation = self.validator.run(self._validated_weights())
-            assert self.validation is not None
-        self.run_folder.write_report(self.progress, self.validation)
-
     def _close(self, finished: bool) -> Run:
         # Wait for all: a launcher ends the other ranks when one exits, and rank 0 may still be writing the checkpoint.
         self.group.any_rank(finished)
-        if finished and self.validation:
-            self.run_folder.say_result(self.validation)
+        validation = self.epoch_end.validation
+        if finished and validation:
+            self.run_folder.say_result(validation)
         elif finished:
             self.run_folder.say_earlier_result(self.progress)
         elif self.rank == 0:
@@ -270,4 +246,4 @@ class Trainer:
             log.info(
                 "stopped by %s at step %d, saved; run the same command again to resume", reason, self.progress.step
             )
-        return Run(self.run_folder.path, self.progress, finished, self.validation)
+        return Run(self.run_folder.path, self.progress, finished, validation)

@@ -1,0 +1,86 @@
+"""What follows an epoch: the validation, the checkpoint that keeps its result, and at the end of the run the report."""
+
+from __future__ import annotations
+
+import torch
+
+from dist_train.distributed.group import Group
+from dist_train.training.checkpoint import Progress
+from dist_train.training.checkpointer import Checkpointer
+from dist_train.training.engine import Engine
+from dist_train.training.health import StopRequests
+from dist_train.training.run_folder import RunFolder
+from dist_train.training.schedule import Schedule
+from dist_train.training.validation import Validation, Validator
+
+
+class EpochEnd:
+    """Validates, saves and reports; every method is called on all ranks together."""
+
+    def __init__(
+        self,
+        group: Group,
+        schedule: Schedule,
+        engine: Engine,
+        validator: Validator,
+        checkpointer: Checkpointer,
+        run_folder: RunFolder,
+        requests: StopRequests,
+    ) -> None:
+        self.group, self.schedule, self.requests = group, schedule, requests
+        self.engine, self.validator = engine, validator
+        self.checkpointer, self.run_folder = checkpointer, run_folder
+        self.validation: Validation | None = None
+        """The last one of this start."""
+
+    def run(self, progress: Progress, save_is_due: bool) -> bool:
+        """Do what is due after the last batch of an epoch; true if the run was asked to stop before that was done.
+
+        The same end of an epoch may come twice: once before a stop, and again in the start that resumes there.  What the
+        first one had finished, the progress and the files say, and it is not repeated.
+
+        Args:
+            progress: after that batch; notes the validation and whether it is the best one.
+            save_is_due: a checkpoint was due with that batch and has waited for the validation, whose result it keeps.
+        """
+        epoch, finished = self.schedule.epochs_begun(progress), self.schedule.at_end(progress)
+        is_best, best_before = False, (progress.best_score, progress.best_step)
+        if self.schedule.validation_is_due(progress):
+            self.validation = self.validator.run(self._weights(), lambda: self.requests.reason is not None)
+            if self.validation is None:
+                # Saved as of the last batch: the start that resumes there begins with this validation.
+                self.checkpointer.save(progress, last=True)
+                return True
+            is_best = _note(progress, self.validation)
+            self.run_folder.log_validation(progress, epoch, self.validation, is_best)
+        # Before the last checkpoint: where that says that the run is finished, the report is there.
+        if finished:
+            self._report(progress)
+        due = is_best or finished or save_is_due or self.checkpointer.due_by_epochs(epoch)
+        if due and not self.checkpointer.save(progress, finished=finished, last=finished) and is_best:
+            # The best checkpoint is one that is there: the next validation is compared with the one before again.
+            progress.best_score, progress.best_step = best_before
+        return False
+
+    def _report(self, progress: Progress) -> None:
+        """Write report.json at the end; a run that had ended before keeps the one that it has."""
+        if self.validation is None:
+            if self.group.on_rank0(lambda: self.run_folder.has_report):
+                return
+            # The start that validated left no report, or it was removed since.
+            self.validation = self.validator.run(self._weights())
+            assert self.validation is not None
+        self.run_folder.write_report(progress, self.validation)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """The weights that a validation is of: the moving average where one is kept."""
+        return self.engine.averaged_weights() or self.engine.weights()
+
+
+def _note(progress: Progress, validation: Validation) -> bool:
+    """Take a validation into the progress; whether it is the best one so far."""
+    progress.evaluated = progress.batch
+    best = progress.best_score is None or validation.mean_top1 > progress.best_score
+    if best:
+        progress.best_score, progress.best_step = validation.mean_top1, progress.step
+    return best
