@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dist_train.config import Config, accumulation_steps
+from dist_train.config import Config
 from dist_train.distributed.group import Group, launcher_variables
 from dist_train.models import MSDNet
 from dist_train.models.parts import ALL, WITHOUT_EARLY_EXITS, exit_parts, exits_behind, part_of
@@ -23,7 +23,8 @@ from dist_train.precision import autocast
 from dist_train.training.exit_gradients import ProjectedGradients, balance_gradients
 from dist_train.training.loss_scale import LossScale
 from dist_train.training.optim import AveragedWeights, build_optimizer, state_names
-from dist_train.training.zero import bucket_elements, chosen_stage
+from dist_train.training.running_statistics import RunningStatistics, average_buffers
+from dist_train.training.zero import chosen_stage, deepspeed_settings, wait_once_per_update
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,13 @@ class Engine:
         self.loss_scale = LossScale() if config.train.precision == "fp16" else None
         self._deepspeed = _initialize(model, optimizer, config, self.stage, group)
         if self.stage in (1, 2):
-            self._read_one_value_per_update(self._deepspeed.optimizer)
+            wait_once_per_update(self._deepspeed.optimizer, config.optim.max_grad_norm, self._scale)
         if self.stage == 3:
             # DeepSpeed reads it in every forward pass.  Alone it makes no process that this one starts take itself for a rank.
             os.environ.setdefault("LOCAL_RANK", str(group.ranks.local_rank))
         self.model = model
         self._names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._statistics = [
-            buffer
-            for module in model.modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase)
-            for buffer in module.buffers(recurse=False)
-        ]
-        self._statistics_before = [buffer.clone() for buffer in self._statistics]
+        self._statistics = RunningStatistics(model)
         self._trained = ALL
         if rule == "equilibrium":
             # While the network trains by its last exit alone there is no other gradient to balance it with.
@@ -137,6 +132,7 @@ class Engine:
         if self.projected_gradients is not None:
             self.projected_gradients.backward(loss)
             return
+        # The loss is divided by the accumulation steps already.
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def update(self, learning_rate: float | None, batch: int = 0) -> Update | None:
@@ -165,8 +161,11 @@ class Engine:
             update = Update(applied, float(norm) if applied and norm is not None else float("nan"))
         if self.loss_scale is not None:
             self.loss_scale.count(update.applied)
-        self._keep_statistics(update.applied)
-        if update.applied and self.averages is not None:
+        if not update.applied:
+            self._statistics.take_back()
+            return update
+        self._statistics.keep()
+        if self.averages is not None:
             self.averages.update()
         return update
 
@@ -178,7 +177,7 @@ class Engine:
         """Whole weights and buffers by name; running statistics are averaged over the ranks. All ranks must call."""
         with self._whole_parameters():
             weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        self._average_buffers(weights)
+        average_buffers(self.model, weights, self.group)
         return weights
 
     def averaged_weights(self) -> dict[str, torch.Tensor] | None:
@@ -186,7 +185,8 @@ class Engine:
         if self.averages is None:
             return None
         weights = {name: self._whole_average(name).clone() for name in self.averages.tensors}
-        self._average_buffers(weights)
+        average_buffers(self.model, weights, self.group)
+        # Integer buffers are not averaged: those of the network.
         return weights | {n: b.detach().clone() for n, b in self.model.named_buffers() if n not in weights}
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
@@ -228,7 +228,7 @@ class Engine:
             buffer.copy_(state[f"model/{name}"])
             if self.averages is not None and f"averages/{name}" in state:
                 self.averages.tensors[name].copy_(state[f"averages/{name}"])
-        self._keep_statistics()
+        self._statistics.keep()
 
     def load_averages(self, weights: dict[str, torch.Tensor], updates: int) -> None:
         """Load averaged weights and the number of updates behind them."""
@@ -237,23 +237,9 @@ class Engine:
             tensor.copy_(self._own_part(weights[name], tensor) if name in self._partitioned else weights[name])
         self.averages.updates = updates
 
-    def _read_one_value_per_update(self, optimizer: Any) -> None:
-        """Have ZeRO 1 and 2 wait for the device once per update, for the gradient's norm, instead of three times.
-
-        A norm that is not finite tells what DeepSpeed's own look for such gradients would tell.
-        """
-        device_norm, clip_to = optimizer.scaled_global_norm, self.config.optim.max_grad_norm
-
-        def unscale_and_clip(gradients: list[torch.Tensor], norm: float) -> None:
-            scale = self.loss_scale.value if self.loss_scale is not None else 1.0
-            if clip_to is not None:
-                scale *= max(1.0, (norm / scale + 1e-6) / clip_to)
-            if scale != 1.0:
-                torch._foreach_mul_(gradients, 1 / scale)
-
-        optimizer.check_grad_overflow = False
-        optimizer.scaled_global_norm = lambda: float(device_norm())
-        optimizer.unscale_and_clip_grads = unscale_and_clip
+    def _scale(self) -> float:
+        """What the loss is multiplied with now."""
+        return self.loss_scale.value if self.loss_scale is not None else 1.0
 
     def _averaged_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors behind the weights and buffers, by name; at stage 3 this rank's partitions of the weights."""
@@ -278,16 +264,6 @@ class Engine:
         start = part.numel() * self.group.ranks.rank
         return padded[start : start + part.numel()]
 
-    def _keep_statistics(self, applied: bool = True) -> None:
-        """Keep the running statistics as they are, or go back to those before the batch whose update was not applied.
-
-        Batch norms take part in every forward pass.  One that is not finite would stay in their statistics for ever, and
-        not show in training, which does not use them.
-        """
-        now, before = self._statistics, self._statistics_before
-        if now:
-            torch._foreach_copy_(before, now) if applied else torch._foreach_copy_(now, before)
-
     def _plain_update(self) -> Update:
         if self._trained != ALL:
             # As at the other stages, where a frozen parameter takes part with a gradient of zero.
@@ -308,17 +284,6 @@ class Engine:
             nn.utils.clip_grads_with_norm_(list(self._names.values()), self.config.optim.max_grad_norm, norm)
         self._deepspeed.step()
         return Update(applied, value)
-
-    def _average_buffers(self, weights: dict[str, torch.Tensor]) -> None:
-        # Integer buffers, such as batch norm's counter, are the same on all ranks.
-        names = [n for n, _ in self.model.named_buffers() if n in weights and weights[n].is_floating_point()]
-        if not names or self.group.ranks.world_size == 1:
-            return
-        # One reduction for all of them: there are two small tensors per batch norm.
-        flat = torch.cat([weights[name].flatten() for name in names])
-        self.group.sum(flat).div_(self.group.ranks.world_size)
-        for name, mean in zip(names, torch.split(flat, [weights[name].numel() for name in names])):
-            weights[name].copy_(mean.view_as(weights[name]))
 
     @contextlib.contextmanager
     def _whole_parameters(self) -> Iterator[None]:
@@ -392,42 +357,7 @@ class Engine:
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, stage: int, group: Group) -> Any:
-    train = config.train
-    steps = accumulation_steps(train, group.ranks.world_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    bucket = bucket_elements(parameters)
-    settings = {
-        "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": steps,
-        # The other stages clip with the norm that is read from the device anyway.
-        "gradient_clipping": config.optim.max_grad_norm or 0.0 if stage == 3 else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            # Copying every gradient into one buffer saves nothing at stage 1, and costs 4 % of a step of 200 ms.
-            "contiguous_gradients": stage > 1,
-            # At stages 1 and 2 DeepSpeed's overlap stops the host until the device is idle, for every bucket and every
-            # backward pass: the host then queues nothing ahead, and DALI's decoding is waited for as well.
-            "overlap_comm": stage == 3 and group.device.type == "cuda",
-            "stage3_prefetch_bucket_size": bucket,
-            # DeepSpeed's defaults (1e9 and 1e5 elements) would keep most of a network of this size whole on every rank.
-            "stage3_max_live_parameters": max(bucket, parameters // 4),
-            "stage3_max_reuse_distance": max(bucket, parameters // 4),
-            "stage3_param_persistence_threshold": parameters // 1000,
-        },
-        # It would wait for the device at the beginning and at the end of every step.
-        "timers": {"throughput": {"enabled": False}},
-        "torch_autocast": {
-            "enabled": train.precision != "fp32",
-            "dtype": "float16" if train.precision == "fp16" else "bfloat16",
-            # Gradients are reduced in float32 at every stage; what the stages end at differs by rounding alone.
-            "lower_precision_safe_modules": [],
-        },
-        "steps_per_print": 10**12,  # never: the trainer logs
-    }
+    settings = deepspeed_settings(config, model, stage, group)
     if group.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings():

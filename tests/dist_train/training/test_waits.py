@@ -61,10 +61,11 @@ def waits(digits, folder, stages):
 
 def test_a_step_reads_one_value_from_the_device_and_the_gradient_of_the_loss_is_written_once(ranks, digits, tmp_path):
     # The operator looks at the gradient's factor on a CPU alone; on a GPU a kernel does, see scale_gradients_gpu.
-    expected = {"value read in engine.py": 1, "value read in operator.py": 2}
-    for found in ranks(waits, 2, digits, tmp_path, (0, 1, 2)):
-        for steps, gradients, order in found:
-            assert steps == [expected] * 3
+    stages = (0, 1, 2)
+    for found in ranks(waits, 2, digits, tmp_path, stages):
+        for stage, (steps, gradients, order) in zip(stages, found, strict=True):
+            norm = f"value read in {'zero' if stage else 'engine'}.py"
+            assert steps == [{norm: 1, "value read in operator.py": 2}] * 3
             # A factor of 1 leaves the gradient that the forward pass has made as it is.
             assert gradients == [1.0] * 6
             # The ranks agree while the device is busy, before the update waits for it.

@@ -1,0 +1,48 @@
+"""The running statistics of batch norms: taken back with a step that is skipped, averaged over the ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_train.distributed.group import Group
+
+
+class RunningStatistics:
+    """Those of all batch norms of a network, and a copy of them as they were before the current global batch.
+
+    Batch norms take part in every forward pass.  A value that is not finite would stay in their statistics for ever, and not
+    show in training, which does not use them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._now = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for buffer in module.buffers(recurse=False)
+        ]
+        self._before = [buffer.clone() for buffer in self._now]
+
+    def keep(self) -> None:
+        """Keep them as they are: the next global batch begins from them."""
+        if self._now:
+            torch._foreach_copy_(self._before, self._now)
+
+    def take_back(self) -> None:
+        """Go back to those before the global batch, whose update was not applied."""
+        if self._now:
+            torch._foreach_copy_(self._now, self._before)
+
+
+def average_buffers(model: nn.Module, weights: dict[str, torch.Tensor], group: Group) -> None:
+    """Average a network's buffers in ``weights`` over the ranks, in place: each rank's batch norms saw its images alone."""
+    # Integer buffers, such as batch norm's counter, are the same on all ranks.
+    names = [n for n, _ in model.named_buffers() if n in weights and weights[n].is_floating_point()]
+    if not names or group.ranks.world_size == 1:
+        return
+    # One reduction for all of them: there are two small tensors per batch norm.
+    flat = torch.cat([weights[name].flatten() for name in names])
+    group.sum(flat).div_(group.ranks.world_size)
+    for name, mean in zip(names, torch.split(flat, [weights[name].numel() for name in names])):
+        weights[name].copy_(mean.view_as(weights[name]))
