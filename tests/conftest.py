@@ -47,7 +47,7 @@ SLOW = {
     "tests/dist_train/training/test_variants.py": set(),
     "tests/dist_train/training/test_resume.py": {"test_the_same_command_after_the_end_changes_nothing"},
     "tests/launch/test_campaign.py": set(),
-    "tests/launch/test_faults.py": {"test_who_is_to_blame"},
+    "tests/launch/test_faults.py": set(),
     "tests/launch/test_local.py": {
         "test_a_rank_that_dies_ends_the_others_and_the_launcher_says_so",
         "test_the_ranks_of_a_machine_divide_its_cores_and_keep_what_a_launcher_gave",

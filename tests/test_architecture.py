@@ -186,9 +186,9 @@ def test_no_class_name_twice():
 
 
 def test_files_and_functions_can_be_read():
-    """At most about 400 lines a file, 60 lines a function, 12 parameters."""
+    """At most 400 lines a file, 60 lines a function, 12 parameters."""
     long = [f"{name}: {len(path.read_text().splitlines())}" for name, path in MODULES.items()]
-    assert [text for text in long if int(text.rpartition(" ")[2]) > 480] == []
+    assert [text for text in long if int(text.rpartition(" ")[2]) > 400] == []
     wrong = []
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,16 +1,4 @@
-"""The Markdown of the project: commands run or parse, Python runs, links exist, configuration keys are known.
-
-An HTML comment before a fenced block says what happens to it:
-
-    <!-- test: run -->     the block is executed, in a folder with configs/, data/digits and PHOTOS (class folders)
-    <!-- test: parse -->   its commands are checked against the parsers of the command line; also the default
-    <!-- test: wheel -->   tests/test_wheel.py executes it, where only the wheel is installed
-    <!-- test: refused --> likewise: each command is followed by the line with which it is refused (…: anything)
-
-Blocks without a language, or with bash, sh or console, hold commands; programs of others are passed over.  In a console
-they are the lines that begin with `$ `, the others are what is printed.  Training
-commands that are executed get the overrides in TINY.  The blocks of a document run in order, in one process and namespace.
-"""
+"""The Markdown of the project: commands parse, links exist, configuration keys are known."""
 
 import argparse
 import ast
@@ -19,15 +7,9 @@ import functools
 import importlib
 import importlib.util
 import io
-import json
 import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -37,97 +19,15 @@ from dist_train.config import Config
 from dist_train.config_file import describe_fields, flatten, load_config, make_config, parse_yaml
 from dist_train.errors import ConfigError, UserError
 from launch import grid
-from tests.common import LIMIT
+from tests.common import ROOT
+from tests.documents import DOCUMENTS, blocks, inline_code, prose, read, split
 from tests.test_architecture import LAYERS, OWNERS
 
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = [
-    *(path.name for path in sorted(ROOT.glob("*.md"))),
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
-]
 EXPECTED = {"docs/data.md", "docs/evaluation.md"}
 """Documents that others link to, and that may be written later."""
-COMMANDS = ("", "bash", "sh", "console", "shell")
-TINY = [
-    "--train.epochs",
-    "1",
-    "--train.max_steps",
-    "2",
-    "--train.global_batch",
-    "4",
-    "--train.micro_batch",
-    "2",
-    "--train.precision",
-    "fp32",
-    "--tracking.uri",
-    "off",
-]
 KEYS = {key for key, _, _ in describe_fields()}
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 FILE_ENDINGS = {"safetensors", "md", "py", "yaml", "json", "jsonl", "html", "png", "csv"}
-
-
-# ------------------------------------------------------------------------------------------------ reading Markdown
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, what the comment before it asks for, and its lines."""
-
-    language: str
-    test: str
-    text: str
-    line: int
-
-    @property
-    def commands(self):
-        """The command lines of the block as words, comments and continuations resolved."""
-        if self.language not in COMMANDS:
-            return []
-        lines = self.text.replace("\\\n", " ").splitlines()
-        if self.language == "console":
-            lines = [line for line in lines if line.startswith("$ ")]
-        texts = [part for line in lines for part in line.removeprefix("$ ").split("&&")]
-        return [words for text in texts if (words := split(text))]
-
-
-def split(text):
-    try:
-        return shlex.split(text, comments=True)
-    except ValueError:  # output of a program, or a picture
-        return []
-
-
-def read(document):
-    return (ROOT / document).read_text()
-
-
-def blocks(document):
-    found, test, fence, lines, start = [], "parse", None, [], 0
-    for number, line in enumerate(read(document).splitlines(), start=1):
-        if fence is not None:
-            if line.strip() == "```":
-                found.append(Block(fence, test, "\n".join(lines) + "\n", start))
-                fence, test = None, "parse"
-            else:
-                lines.append(line)
-        elif match := re.match(r"\s*```(\S*)", line):
-            fence, lines, start = match[1], [], number
-        elif match := re.match(r"\s*<!-- test: (.+?) -->", line):
-            test = match[1]
-        elif line.strip():
-            test = "parse"
-    assert fence is None, f"{document}: the block of line {start} has no end"
-    return found
-
-
-def prose(document):
-    """The text outside of fenced blocks."""
-    return re.sub(r"^\s*```.*?^\s*```", "", read(document), flags=re.DOTALL | re.MULTILINE)
-
-
-def inline_code(document):
-    return [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", prose(document))]
 
 
 # ----------------------------------------------------------------------------------------------- checking commands
@@ -379,90 +279,3 @@ def test_the_picture_of_the_layers_is_the_one_that_is_checked():
     for library, owners in OWNERS.items():
         for owner in owners:
             assert owner.removeprefix("dist_train/") in read("docs/architecture.md") or "plots" in owner, library
-
-
-# ------------------------------------------------------------------------------------------------- running blocks
-
-
-def steps(document):
-    """What the blocks marked `run` do, one after the other: command lines, and Python."""
-    for block in blocks(document):
-        if block.test == "run" and block.language == "python":
-            yield ["python", block.text]
-        elif block.test == "run":
-            yield from block.commands
-
-
-def run_steps(steps):
-    """Run them in this process, which has been started for it; what launches processes is started as such."""
-    space = {"__name__": "docs"}
-    # One core: two threads that wait for each other by spinning take minutes where other tests share the cores.
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    for step in steps:
-        print("$", shlex.join(step) if step[0] != "python" or step[1] == "-m" else f"python:\n{step[1]}", flush=True)
-        if step[:2] == ["python", "-m"]:
-            program, *words = step[2:]
-        elif step[0] == "python":
-            exec(compile(step[1], "block", "exec"), space)
-            continue
-        else:
-            program, *words = step
-        if words[:2] == ["launch", "local"]:
-            program, words = "launch.local", words[2:]
-        trains = program == "launch.local" or words[:1] in (["train"], ["plan"])
-        words += TINY if trains and "--help" not in words else []
-        sys.argv = [program, *words]
-        if program in ("dist-train", "dist_train", "shards"):
-            main = cli.run if program != "shards" else importlib.import_module("shards.__main__").main
-            try:
-                code = main(words)
-            except SystemExit as end:  # --help
-                code = end.code
-        elif program == "cp":
-            code = shutil.copy(*words) is None
-        elif program == "launch.local":
-            os.sched_setaffinity(0, cores)
-            code = subprocess.run([sys.executable, "-m", program, *words]).returncode
-            os.sched_setaffinity(0, {max(cores)})
-        else:
-            raise AssertionError(f"{program}: how to run it is not written here; mark the block with parse")
-        assert not code, f"{shlex.join(step)}: exit code {code}"
-
-
-@pytest.fixture
-def place(digits, tmp_path):
-    """A folder in which the commands of the documents run."""
-    import numpy as np
-    from PIL import Image
-
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "digits").symlink_to(digits)
-    generator = np.random.default_rng(0)
-    for label, name in enumerate(("cat", "dog")):
-        folder = tmp_path / "PHOTOS" / name
-        folder.mkdir(parents=True)
-        for number in range(24):
-            pixels = generator.integers(0, 128, (40, 36, 3)) + 100 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-    return tmp_path
-
-
-@pytest.mark.parametrize("document", [name for name in DOCUMENTS if any(steps(name))])
-def test_blocks_run(document, place):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__)), json.dumps(list(steps(document)))],
-        cwd=place,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert result.returncode == 0, result.stdout
-
-
-if __name__ == "__main__":
-    run_steps(json.loads(sys.argv[1]))

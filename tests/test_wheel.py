@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.common import LIMIT, ROOT
-from tests.test_docs import blocks, split
+from tests.documents import blocks, split
 
 SOURCES = ("dist_train", "launch", "shards", "configs", "pyproject.toml", "README.md", "LICENSE")
 
