@@ -77,6 +77,7 @@ def parse(name: str, data: bytes) -> list[Entry]:
         except csv.Error as error:
             raise DataError(f"{name}: is not CSV ({error}); look for a quotation mark that is not closed") from None
     else:
+        # At the last space, since names of files have spaces more often than classes do.
         rows = [line.rsplit(None, 1) for line in lines]
     image, label, header = _columns(name, rows[0])
     entries = []

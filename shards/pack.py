@@ -26,6 +26,7 @@ _ZEROS = bytes(_BLOCK)
 _WRITTEN_AT_ONCE = 1 << 20
 _MODE, _TIME = b"0000644\0" + 2 * b"0000000\0", 11 * b"0" + b"\0"
 _BACK = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
+# The checksum of a header counts its own field as eight spaces.
 _CHECKSUM = sum(_MODE) + sum(_TIME) + sum(_BACK) + 8 * ord(" ")
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]+")
 COLUMNS = ("key", "offset", "size", "label", "ext", "width", "height")
@@ -139,6 +140,7 @@ class _Tar:
         return offset
 
     def finish(self) -> None:
+        # Two blocks of zeros end an archive, and tar fills up to a whole record of 20 blocks.
         self._put(bytes(2 * _BLOCK))
         self._put(bytes(-self.length % _RECORD))
         self._flush()

@@ -80,5 +80,6 @@ def _end_with(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    # It died before the signal was asked for, and would send none.
     if os.getppid() != parent:
         os._exit(1)

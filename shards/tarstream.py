@@ -64,11 +64,13 @@ class TarStream:
                 self._end(file, at)
                 return
             kind, size = self._checked(head, at)
+            # Where the header has no room for it: eleven octal digits are 8 GiB.
             if b"size" in pax:
                 size = _number(pax[b"size"], 10)
             start = self._place
             if size < 0 or start + size > self.length:
                 raise DataError(f"{self._path}: is cut off at byte {at}; fetch it again")
+            # Plain files: of POSIX, of older tars, and contiguous ones, which nobody makes any more.
             if kind in (b"0", b"\0", b"7"):
                 data = self._contents(file, size)
                 yield File(
@@ -102,12 +104,14 @@ class TarStream:
 
     def _checked(self, head: bytes, at: int) -> tuple[bytes, int]:
         """Kind and size of an entry whose header is sound."""
+        # The sum of all bytes of the header, its own field taken as spaces.
         expected = _number(head[148:156], 8)
         if expected != sum(head) - sum(head[148:156]) + 8 * ord(" "):
             known = kind_of(head[:HEAD]) if at == 0 else None
             if known:
                 raise DataError(f"{self._path}: is {known.name}, not a tar; {known.remedy}")
             raise DataError(f"{self._path}: is not a tar, or is damaged at byte {at}; fetch it again")
+        # Where the highest bit is set, the size is a binary number: GNU tar's form for more than 8 GiB.
         size = int.from_bytes(head[125:136], "big") if head[124] & 0x80 else _number(head[124:136], 8)
         return head[156:157], size
 

@@ -169,6 +169,7 @@ def _walk(root: Path) -> Tree:
         for entry in found:
             state = _state(entry)
             if stat.S_ISDIR(state.st_mode):
+                # By device and inode: two paths with links in them can be one folder.
                 if _identity(state) in above:
                     raise DataError(f"{shown(entry.path)}: is a link to a folder that it lies in; remove the link")
                 folder.folders[entry.name] = inner = Folder()
@@ -176,6 +177,7 @@ def _walk(root: Path) -> Tree:
             else:
                 location = None if stat.S_ISREG(state.st_mode) else (entry.path, NO_FILE)
                 folder.files.append(Item(prefix + entry.name, UNLABELED, state.st_size, location))
+                # Names and sizes are in the plan already; a file that was replaced by one of the same size shows by its time.
                 digest.update(b"%d\n" % state.st_mtime_ns)
     return Tree(root, digest.hexdigest(), top)
 
@@ -203,6 +205,7 @@ def _list(path: Path, scratch: Path | None) -> Tree:
     items: dict[str, Item] = {}
     for member in archives.members(tar):
         parts = member.name.split("/")
+        # As in a folder, where what lies in a hidden folder is hidden as well.
         if not member.name or not all(map(_visible, parts)):
             continue
         if member.is_folder:

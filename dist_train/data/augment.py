@@ -52,6 +52,7 @@ def resized_crops(
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = np.exp(low + draws[..., 1] * (high - low))
     wide, tall = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    # All tries are drawn beforehand, since a view's numbers stand at fixed places of the stream, and the first that fits is taken.
     fits: NDArray[np.bool_] = (wide >= 1) & (wide <= width) & (tall >= 1) & (tall <= height)
     found = fits.any(axis=1, keepdims=True)
     chosen = (np.arange(len(ids)), fits.argmax(axis=1))
@@ -66,6 +67,7 @@ def colors(seed: int, epoch: int, ids: Ids, jitter: tuple[float, float, float, f
     """Factors of brightness, contrast and saturation, and degrees of hue, float32 [N, 4], each uniform in its range."""
     change = (2 * uniform(seed, epoch, Purpose.COLOR, ids, 4) - 1) * np.array(jitter)
     factors = np.maximum(0, 1 + change[:, :3])
+    # The hue in degrees, as DALI takes it.
     return np.concatenate([factors, 360 * change[:, 3:]], axis=1).astype(np.float32)
 
 

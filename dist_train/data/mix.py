@@ -53,6 +53,7 @@ def shares(
     draws = uniform(seed, epoch, Purpose.MIX, views, 4)
     by_window = draws[:, 0] < (0.5 if data.mixup and data.cutmix else float(data.cutmix > 0))
     alpha = np.where(by_window, data.cutmix, data.mixup)
+    # By the inverse of Beta's distribution function: a sampler that rejects would take an unknown number of draws.
     share = betaincinv(alpha, alpha, draws[:, 1])
     side = np.where(by_window, np.rint(size * np.sqrt(1 - share)), 0).astype(np.int64)[:, None]
     first = integers(draws[:, 2:], 0, size - 1) - side // 2

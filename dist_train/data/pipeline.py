@@ -314,6 +314,7 @@ class Loader:
     def _decode_singly(self, fetched: _Fetched) -> MicroBatch:
         """A micro batch that the decoder refused, image by image, with the bad ones replaced or masked."""
         ids, images = fetched.views % len(self._index), []
+        # The view itself first: the decoder has refused all of the micro batch, most often for one image.
         for row, position in enumerate(fetched.positions.tolist()):
             candidates = order.replacements(self._order, position, self._labeled) if self._train else iter(())
             for view in itertools.chain([int(fetched.views[row])], candidates):

@@ -69,6 +69,7 @@ class UnreadableImages(dict[int, BadSample]):
 
     def share(self, group: Group) -> None:
         """Learn of those that other ranks found; all ranks must call."""
+        # A dict keeps the order in which its items came: behind the first ones, which all ranks have, are the new ones.
         new = dict(itertools.islice(self.items(), self._shared, None))
         # Almost always there are none, and one small sum says so.
         if int(group.sum(torch.tensor(len(new), device=group.device))):

@@ -13,6 +13,7 @@ SILENCE_SECONDS = 60.0
 """Longer than any call that keeps the interpreter lock, and with it the thread that beats."""
 
 _LEFT = -(10**12)
+"""Added to the count of a rank that leaves: it is negative from then on, whatever it had come to."""
 
 
 class Heartbeat:

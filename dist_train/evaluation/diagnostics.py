@@ -50,6 +50,7 @@ def diagnose(samples: Samples, classes: int) -> Diagnostics:
     uniquely_correct = [samples.ids[correct[:, m] & (correct.sum(axis=1) == 1)] for m in range(samples.exits)]
     return Diagnostics(
         agreement=agreement,
+        # Products of indicators count the images for which both are true.
         joint_errors=miss.T @ miss / images,
         correct_then_wrong=hit.T @ miss / images,
         class_top1=class_top1,

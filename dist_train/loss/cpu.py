@@ -98,8 +98,10 @@ def _make_constants(
     temperature, teachers = exits.temperature.to(dtype), exits.teachers.to(dtype)
     per_sample = exits.distill_weights.to(dtype) * temperature / max(samples, 1)
     # The gradient of T^2 * D(q_t, q_m) in the logits of student m is T * (q_m - q_t).
+    # All pairs together, with Q [M, N K] the tempered probabilities: row m of (diag(P 1) - P) Q is sum_t P_mt (q_m - q_t).
     pairs = (per_sample * scale)[:, None] * teachers
     return _Constants(
+        # At 1, where annealing starts, the softmax of the labels serves the distillation as well.
         temperature[:, None, None] if set(exits.temperature.tolist()) != {1.0} else None,
         teachers,
         per_sample * temperature,
@@ -117,15 +119,18 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Loss and statistics of some of the samples; writes their gradient."""
     x = torch.stack(logits).to(constants.distill.dtype)
+    # A softmax does not change by a shift; with a maximum of 0 no exponential overflows.
     x -= x.amax(-1, keepdim=True)
     plain = _softmax(x)
     tempered = plain if constants.temperature is None else _softmax(x / constants.temperature)
+    # One sum tells whether any sample is to be looked at; there hardly ever is one.
     finite = None if math.isfinite(float(tempered.log_sum_exp.sum())) else tempered.log_sum_exp.isfinite().all(0)
 
     q = tempered.probs if weights is None else tempered.probs * weights[:, None]
     label_weights = constants.label_weights * (labels.has_label if weights is None else labels.has_label * weights)
     gradient = None
     if grads is not None:
+        # Summed in the dtype of the computation and rounded once, when all terms are in it.
         gradient = grads if grads.dtype == q.dtype else torch.empty_like(q)
         # All weighted pairs of a student together have the gradient of one cross-entropy to the mixture of its teachers.
         torch.mm(constants.pair_gradient, q.view(len(q), -1), out=gradient.view(len(q), -1))
@@ -143,11 +148,13 @@ def _chunk(
 
     log_sum_exp = tempered.log_sum_exp if weights is None else tempered.log_sum_exp * weights
     cross = _cross_entropies(tempered.logits, q, log_sum_exp, finite)
+    # KL(q_t, q_m) = CE(q_t, q_m) - H(q_t), and the entropy H(q_t) = CE(q_t, q_t) is on the diagonal.
     kl = (constants.teachers * (cross - cross.diagonal())).sum(1)
     value = (constants.teachers * cross).sum(1) if constants.cross_entropy else kl
     loss += (value * constants.distill).sum()
     counted = labels.has_label if finite is None else labels.has_label & finite
     confidence = _where(finite, _confidence(tempered, constants.confidence_weights)).sum()
+    # The last use of the probabilities of the labels: their memory takes the comparisons.
     hits = (_ranks(x, *_scored_label(labels, label_logits), out=plain.probs) < _HITS) & counted
     nonfinite = 0 if finite is None else len(finite) - int(finite.sum())
     counts = torch.tensor([float(confidence), q.shape[1], int(counted.sum()), 0, nonfinite])
@@ -233,6 +240,7 @@ def _label_terms(
     smooth_ce = ce
     if smoothing:
         kept = plain.logits > -torch.inf
+        # A class that is masked by -inf has no probability: mass on it would make the loss infinite.
         uniform = kept / kept.sum(-1, keepdim=True)
         uniform_ce = plain.log_sum_exp - (plain.logits.clamp(min=MASKED) * uniform).sum(-1)
         smooth_ce = keep * ce + smoothing * uniform_ce
@@ -270,6 +278,7 @@ def _ranks(x: Tensor, ids: Tensor, label_logit: Tensor, out: Tensor) -> Tensor:
 
 def _confidence(tempered: _Softmax, weights: list[float]) -> Tensor:
     """Largest probability [N] of the mixture of exits with these weights."""
+    # A single teacher: its largest probability is exp(0 - log_sum_exp).
     if weights.count(0.0) == len(weights) - 1:
         return torch.exp(-tempered.log_sum_exp[weights.index(max(weights))])
     return torch.einsum("m,mnk->nk", tempered.probs.new_tensor(weights), tempered.probs).amax(-1)
@@ -277,7 +286,9 @@ def _confidence(tempered: _Softmax, weights: list[float]) -> Tensor:
 
 def _cross_entropies(x: Tensor, q: Tensor, log_sum_exp: Tensor, finite: Tensor | None) -> Tensor:
     """[M, M] cross-entropy of exit m (row) to exit t (column), summed over samples with finite logits."""
+    # CE(q_t, q_m) = log_sum_exp_m * sum_k q_tk - sum_k q_tk x_mk: one matrix product over samples and classes for all pairs.
     products = torch.mm(x.view(len(x), -1), q.view(len(q), -1).T)
+    # 0 * -inf is NaN: where a class is masked, or a sample not finite, once more without them.
     if not math.isfinite(float(products.sum())):
         x, log_sum_exp = x.clamp(min=MASKED), _where(finite, log_sum_exp)
         if finite is not None:

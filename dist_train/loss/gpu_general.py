@@ -76,6 +76,7 @@ def general_kernel(
         )
         if grads is not None and is_finite == 0:
             write_nan(grads + n * (M * K), M * K)
+        # CE(y, p) = sum_k y_k (ln(total) - (z_k - top)); with the uniform distribution of smoothing likewise.
         log_total = tl.log2(total) * LN2
         ce = target_sum * log_total - product
         smooth_ce = (1 - OBJECTIVE[1]) * ce + OBJECTIVE[1] * (log_total - mean)
@@ -142,6 +143,8 @@ def _first_reading(
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         z = tl.load(row + k, mask=k < K, other=-INFINITY).to(tl.float32)
+        # Online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018): what was summed so far is
+        # rescaled when a larger maximum comes.
         before = top
         top = tl.maximum(top, tl.max(z))
         total = total * tl.exp2((before - top) * LOG2E) + tl.sum(exp2_below(z, top, LOG2E)[0])
@@ -212,6 +215,7 @@ def _second_reading(
             elif RULE != "matrix" and is_teacher(RULE, m, M):
                 mixture += q
         dots = _add(dots, added)
+    # Taken off in the order in which the exits have appended them.
     crosses, entropies = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     for m in tl.static_range(M - 1, -1, -1):
         here = tl.arange(0, LANES) == m

@@ -33,6 +33,8 @@ def exit_loss_gpu(
     rows = tuple(z.contiguous() for z in logits)
     targets = Targets(*(None if t is None else t.contiguous() for t in targets))  # type: ignore[arg-type]
     kernel, constants = choose_kernel(num_exits, classes, targets, options)
+    # As many as run at once, each with many samples.  Its sums stay in registers and go to rows of its own, not into atomics,
+    # whose order would make the last digits differ from run to run.
     programs = min(samples, _num_sms(device) * WARPS_PER_SM // constants["num_warps"])
     partials = torch.empty((programs, SUMS.value, LANES.value), device=device)
     with torch.cuda.device_of(logits[0]):  # type: ignore[no-untyped-call]

@@ -83,6 +83,7 @@ def single_pass_kernel(
         is_finite = tl.min(tl.where((lane >= M) | (total < INFINITY), 1, 0)) > 0
         if grads is not None:
             _write_labels(gradient_at_label, label, is_valid, is_finite, grads + n * (M * K), M, K)
+        # -ln p(label) = ln(total) - (z_label - top).
         ce = tl.log2(total) * LN2 - tl.maximum(x_label * LN2, MASKED)
         logs = (tl.log2(tempered_total), cross, entropy)
         flags = (has_label, is_valid, is_finite)

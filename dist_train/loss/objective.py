@@ -251,6 +251,7 @@ class ExitDistillation(nn.Module):
         if self.config.temperature_rule == "schedule":
             self.temperature.copy_(self._scheduled())
         elif self.needs_confidence:
+            # On the device, by torch.where: to decide it here would wait for the batch.
             is_confident = totals[0] / totals[1] > self.config.anneal_threshold
             moved = self.temperature * self.config.anneal_factor
             moved = moved.clamp(*(self.config.temperature_bounds or TEMPERATURES))
@@ -321,6 +322,7 @@ def _label_count(given: float | Tensor | None, first: Tensor, second: Tensor | N
         valid = first.sum(1) > 0
     else:
         valid = first >= 0 if second is None else (first >= 0) & (second >= 0)
+    # At least 1: a micro batch without labels has a label loss of 0, and not of 0 / 0.
     return valid.sum().clamp(min=1).float()
 
 

@@ -98,6 +98,7 @@ class _ExitLoss(torch.autograd.Function):
         loss, vector, grads = _below_autograd(logits, *constants)
         ctx.save_for_backward(grads)
         ctx.mark_non_differentiable(vector, grads)
+        # Or autograd would fill zeros as large as all logits, for the gradient of the third output.
         ctx.set_materialize_grads(False)
         return loss, vector, grads
 
@@ -114,6 +115,7 @@ class _ExitLoss(torch.autograd.Function):
         if grads.is_cuda:
             from dist_train.loss.gpu_launch import scale_gradients_gpu
 
+            # The factor stays on the device; on the CPU looking at it costs nothing.
             scale_gradients_gpu(grads, factor)
         elif float(factor) != 1:
             grads.mul_(factor)

@@ -33,14 +33,17 @@ def teacher_matrix(teachers: str | Sequence[Sequence[float]], num_exits: int, la
     elif teachers == "later":
         chosen = later
     elif teachers == "ensemble":
+        # The student included, as in the authors' code: its own part is a constant like the others.
         chosen = torch.ones_like(later)
     elif teachers == "best":
+        # argmin takes the first of equal ones, which in reverse is the latest exit.
         chosen = (teacher == num_exits - 1 - label_loss.flip(0).argmin()) & (teacher != student)
     elif teachers == "better":
         chosen = later & (label_loss[None, :] <= label_loss[:, None])
     else:
         assert teachers == "none", teachers
         chosen = torch.zeros_like(later)
+    # W_mt = 1 / |T(m)|; the row of an exit without teachers stays 0.
     return chosen / chosen.sum(1, keepdim=True).clamp(min=1)
 
 

@@ -106,6 +106,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _multiply_adds(flops: Callable[..., int]) -> Callable[..., int]:
+    # torch counts a multiplication and an addition as two.
     return lambda *args, **kwargs: flops(*args, **kwargs) // 2
 
 

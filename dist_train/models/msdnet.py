@@ -135,6 +135,8 @@ class MSDNet(MultiExitNetwork):
             run = self._run_recomputed if self._run_recomputed and torch.is_grad_enabled() else _run_block
             features = run(cast(nn.ModuleList, block), features)
             coarsest, left = cast(Tensor, features[-1]), self.num_exits - number
+            # Gradient equilibrium where its authors' code has it.  The factors multiply: what comes from behind is scaled by
+            # 1 / left * (left - 1).
             if self.balance_coarsest and left > 1:
                 coarsest = cast(Tensor, ScaleGradient.apply(coarsest, 1 / left))  # type: ignore[no-untyped-call]
                 features[-1] = cast(Tensor, ScaleGradient.apply(coarsest, left - 1))  # type: ignore[no-untyped-call]
@@ -157,6 +159,7 @@ class MSDNet(MultiExitNetwork):
                     features[scale] = self.stem[scale](features[scale - 1] if scale else images)
                 else:
                     cell = stages[position - 1][str(scale)]
+                    # The path from the finer scale takes that scale as it was before this stage.
                     if isinstance(cell, DenseCell) and cell.down is not None:
                         advance(scale - 1, position)
                     features[scale] = run_cell(cell, features, scale)

@@ -62,6 +62,7 @@ def _classifiers(backbone: nn.Module, classes: int) -> list[str]:
         for name, module in backbone.named_modules()
         if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() > 1
     ]
+    # From the end: what has a row per class further inside is there by chance.
     while weights and weights[-1][1][0] != classes:
         weights.pop()
     found = weights[-1:]

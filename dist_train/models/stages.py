@@ -113,6 +113,7 @@ def _fold_batch_norms(whole: fx.GraphModule) -> None:
         if node.target is not _ATEN.batch_norm.default:
             continue
         conv, *statistics = node.args[:5]
+        # Another reader of the convolution wants it as it is.
         if conv.target is not _ATEN.conv2d.default or len(conv.users) > 1 or None in statistics[2:]:
             continue
         weight, bias, scale, shift = (
@@ -144,6 +145,7 @@ class _Cut:
         self._free: set[fx.Node] = set()
         for node in self._nodes:
             inputs = node.all_input_nodes
+            # Without inputs, as weights are, or with none but such.
             if node is not self._images and (node.target is _ATEN.sym_size.int or self._free.issuperset(inputs)):
                 self._free.add(node)
 
@@ -158,6 +160,7 @@ class _Cut:
         stages = []
         takes: Sequence[fx.Node] = [self._images]
         for number, (part, logits) in enumerate(zip(parts, self._logits), start=1):
+            # Handed on is what later exits read, also past a stage that does not touch it itself.
             later = {one for after in parts[number:] for node in after for one in node.all_input_nodes}
             later |= set(self._logits[number:])
             known = {*takes, *part}

@@ -108,4 +108,5 @@ def exits_taken(scores: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
     """
     confident = scores >= thresholds.to(scores)
     confident[:, -1] = True
+    # argmax gives the first of equal values.
     return confident.int().argmax(dim=1)

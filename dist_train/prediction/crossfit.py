@@ -58,6 +58,7 @@ def fit(scorer: Scorer, correct: Flags, costs: Floats, budgets: Sequence[float])
     # Per fold and candidate: how many are correct, and how many take each exit.
     hits, counts = [], []
     for rows in held:
+        # A single image is all there is, to fit on and to hold out.
         others = everything[fold_of != fold_of[rows[0]]] if folds > 1 else rows
         scores = scorer(others)
         candidates = _candidates(scores[others], correct[others], costs)
@@ -79,9 +80,11 @@ def _best(
     def choose(folds: NDArray[np.int64]) -> int:
         spent = (counts[folds].sum(axis=0) @ costs) / counts[folds].sum(axis=(0, 2))
         value = np.where((spent <= budget * (1 + 1e-9)) & (seen <= budget * (1 + 1e-9)), hits[folds].sum(axis=0), -1)
+        # Most hits first, and of these the cheapest.
         return int(np.lexsort((spent, -value))[0])
 
     folds = np.arange(len(hits))
+    # What is counted on a fold is chosen without it.
     others = [choose(folds[folds != fold]) if len(folds) > 1 else choose(folds) for fold in folds]
     chosen = choose(folds)
     taken = counts[:, chosen].sum(axis=0)

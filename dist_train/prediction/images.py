@@ -151,6 +151,7 @@ class Predictor:
                 self._timed(images, everything)  # warms up
             result, milliseconds = self._timed(images, self.policy)
             self._times.append(milliseconds)
+            # At the batches 1, 2, 4, 8, ...: to measure what was saved must not cost what was saved.
             if number & (number - 1) == 0:
                 self._full.append(self._timed(images, everything)[1])
             self._exits += result.exits.tolist()

@@ -157,6 +157,7 @@ def p_value(risk: Risk, loss: Floats, epsilon: float, delta: float) -> float:
     """Probability of such losses [N], at most, where the risk is above ``epsilon``; ``delta`` only tunes the bets."""
     if risk in ("consistency", "error"):
         return float(binom.cdf(loss.sum(), len(loss), epsilon))
+    # The bets are for values in [0, 1], the gap is in [-1, 1].
     return _betting((loss + 1) / 2, (epsilon + 1) / 2, delta) if risk == "gap" else _betting(loss, epsilon, delta)
 
 
@@ -169,9 +170,11 @@ def _betting(values: Floats, mean: float, delta: float) -> float:
     if not len(values):  # nothing to bet on, as where no tested image has the class
         return 1.0
     count = np.arange(1, len(values) + 1)
+    # As if a value of 1/2 with the largest variance, 1/4, had come before: the first bets are then finite.
     means = (0.5 + np.cumsum(values)) / (count + 1)
     variances = (0.25 + np.cumsum((values - means) ** 2)) / (count + 1)
     before = np.concatenate([[0.25], variances[:-1]])
+    # Waudby-Smith and Ramdas' bet for n values of this variance, cut off so that even a value of 1 leaves some wealth.
     bets = np.minimum(np.sqrt(2 * math.log(1 / delta) / (len(values) * before)), LARGEST_BET / (1 - mean))
     wealth = np.cumsum(np.log1p(bets * (mean - values)))
     return math.exp(-max(0.0, float(wealth.max(initial=0.0))))
@@ -304,6 +307,7 @@ class _Test:
     def _choose(self, points: list[int]) -> int:
         if all(target.risk == "cost" for target in self.targets):
             return points[int(np.argmin(self._fit_errors()[points]))]
+        # In rising order, and the points go from cheap to dear.
         return points[0]
 
     def _fit_errors(self) -> Floats:

@@ -60,8 +60,10 @@ class Search:
     def path(self, multipliers: int = MULTIPLIERS) -> list[Candidate]:
         """The best thresholds found for each Lagrange multiplier, from all images at the first exit and back from none."""
         span = float(self.costs[-1] - self.costs[0]) or 1.0
+        # Hits that the way of one image from the first exit to the last has to bring: from more than it can to next to none.
         prices = np.geomspace(30, 0.003, multipliers) / span
         found = []
+        # From both ends, because each step starts from the one before and may stay in a local optimum.
         for current, order in ((self.candidate(self.early), prices), (self.candidate(self.late), prices[::-1])):
             for price in order:
                 current = self.climb(current, _lagrangian(float(price)))
@@ -102,9 +104,11 @@ class Search:
         found: dict[float, Scores] = {}
         best = min(pool, key=lambda candidate: candidate.spent)
         for budget in sorted(set(budgets)):
+            # A sum of costs may miss by rounding a budget that it equals.
             limit = self.images * budget * (1 + 1e-9)
             allowed = [candidate for candidate in [*pool, best] if candidate.spent <= limit]
             starts = [max(allowed, key=lambda candidate: (candidate.hits, -candidate.spent))]
+            # A climb that starts above the budget may end elsewhere than one from below.
             above = [candidate for candidate in pool if candidate.spent > limit]
             starts += [min(above, key=lambda candidate: candidate.spent)] if above else []
             climbed = [self.climb(start, _within(limit)) for start in starts]
@@ -147,6 +151,7 @@ class Search:
             arrived = reached[k][self._order[k]]
             rows = self._order[k][arrived]
             confidences = self._sorted_scores[k][arrived]
+            # At place i: what changes if the i most confident of those that arrive here exit, and the others go on as before.
             gained = _cumulative(self._sorted_correct[k][arrived] - later_correct[rows])
             saved = _cumulative(self.costs[k] - later_cost[rows])
             exiting = int(np.searchsorted(-confidences, -thresholds[k], side="right"))
@@ -155,6 +160,7 @@ class Search:
             values = objective(all_hits, all_spent)
             values[1:-1][np.diff(confidences) == 0] = -np.inf  # images that tie are not parted
             index = int(values.argmax())
+            # By more than rounding, or the rounds would not end.
             if values[index] > value + 1e-9:
                 thresholds[k] = _midpoint(confidences, index)
                 hits, spent, value = float(all_hits[index]), float(all_spent[index]), float(values[index])
@@ -194,6 +200,7 @@ def _midpoint(confidences: Scores, exiting: int) -> float:
     if exiting == len(confidences):
         return ALWAYS
     stays, exits = confidences[exiting], confidences[exiting - 1]
+    # Two neighbours in float32 have nothing in between; the threshold is then the upper one, which still exits.
     middle = np.float32((np.float64(stays) + np.float64(exits)) / 2)
     return float(middle if middle > stays else exits)
 
@@ -204,5 +211,6 @@ def _lagrangian(price: float) -> Objective:
 
 def _within(limit: float) -> Objective:
     """Accuracy within a budget; of the same accuracy, the cheaper is better."""
+    # The whole budget is worth half a hit: cost decides among equal accuracies only.
     scale = 0.5 / max(limit, np.finfo(float).tiny)
     return lambda hits, spent: np.where(spent <= limit, hits - scale * spent, -np.inf)

@@ -56,6 +56,8 @@ class ShareMonitor:
             return []
         nearest = np.clip(self._counts / images, self.low, self.high)
         others = images - self._counts
+        # Likelihood ratio: of the counts averaged over all shares, the integral of p^k (1 - p)^(n - k), to that at the share of
+        # the interval that fits them best.
         evidence = betaln(self._counts + 1, others + 1) - xlogy(self._counts, nearest) - xlog1py(others, -nearest)
         return [int(k) for k in np.flatnonzero(evidence >= math.log(1 / self.level))]
 

@@ -187,10 +187,12 @@ def predict(network: MultiExitNetwork, images: Tensor, policy: Policy) -> Predic
         exited = waiting[rows]
         logits_out[exited], exits[exited] = logits[rows], number
         milliseconds[exited.cpu()] = 1000 * (time.perf_counter() - start)
+        # Nobody is left: what lies behind this exit is never computed.
         if len(rows) == len(waiting):
             break
         stay = (~confident).nonzero()[:, 0]
         waiting, predicted = waiting[stay], predicted[stay]
+        # The network goes on with these rows of its features alone.
         logits = passes.send(stay)
     passes.close()
     assert logits_out is not None

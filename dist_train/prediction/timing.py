@@ -96,6 +96,7 @@ def fastest(network: MultiExitNetwork, images: Tensor, precisions: Sequence[str]
     """
     work = OtherWork()
     passes: dict[str, list[list[float]]] = {precision: [] for precision in precisions}
+    # In turns, so that what disturbs the machine disturbs all precisions alike.
     for number in range(repeats + 1):
         for precision, times in passes.items():
             taken = _times(network, images, precision)

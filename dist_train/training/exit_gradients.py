@@ -95,6 +95,7 @@ class ProjectedGradients:
         """Write the gradient of the global batch into the parameters; all ranks must call."""
         grams = torch.zeros(3 * (self._num_exits,), device=self._group.device)
         for share in self._shares:
+            # DeepSpeed, which averages over the ranks elsewhere, does not see these gradients.
             self._group.sum(share.gradients).div_(self._group.ranks.world_size)
             grams += share.gram(self._num_exits)
         weights = _project(grams, orders(self._seed, update, self._num_exits).to(grams.device, non_blocking=True))
@@ -171,6 +172,7 @@ def _project(grams: Tensor, meets: Tensor) -> Tensor:
     weights = torch.eye(len(grams), device=grams.device)
     for other in meets.T:
         against = grams[exits, :, other]
+        # g_i <- g_i - (g_i g_j / |g_j|^2) g_j where g_i g_j < 0, with g_j as it was and g_i a row of weights times gradients.
         product = (weights * against).sum(1)
         square = against[exits, other]
         weights[exits, other] -= torch.where(product < 0, product / square, 0.0)

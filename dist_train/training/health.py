@@ -75,6 +75,7 @@ class SkippedSteps:
         progress.skipped_steps += not applied
         if applied:
             return
+        # Only behind a skipped step: to read the loss waits for the device.
         finite = self.group.gather(bool(torch.isfinite(loss)))
         if finite is None:
             return

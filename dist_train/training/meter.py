@@ -91,6 +91,7 @@ class Meter:
         seconds = time.perf_counter() - self._since
         host = torch.tensor([self._images, data_seconds / seconds], dtype=torch.float64, device=self._sums.device)
         ranks = self.group.ranks.world_size
+        # Zeros but for this rank's own place: the sum over the ranks then gathers them.
         busy = torch.zeros(ranks, dtype=torch.float64, device=self._sums.device)
         busy[self.group.ranks.rank] = busy_seconds
         # One reduction and one copy to the host for everything: each of them waits for the device.

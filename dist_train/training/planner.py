@@ -202,6 +202,7 @@ def _lead_time(config: Config) -> str | None:
     if not speeds or not step:
         return None
     newest = config.folder / "checkpoints" / checkpoint.step_name(step)
+    # The times of its files tell how long the last save took.
     written = [path.stat().st_mtime for path in newest.iterdir()]
     seconds = config.train.global_batch / min(speeds)
     save = max(written) - min(written)
