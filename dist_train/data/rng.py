@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 divided by the golden ratio, odd: the step of SplitMix64."""
 _DRAWS_PER_ID = 64
 
 
@@ -39,9 +40,11 @@ def random_bits(seed: int, epoch: int, purpose: Purpose, ids: NDArray[np.int64])
 
 def uniform(seed: int, epoch: int, purpose: Purpose, ids: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
     """Numbers in [0, 1), float64 [N, draws], for ``ids`` [N]."""
+    # More would be the first numbers of the next id.
     assert draws <= _DRAWS_PER_ID
     places = ids.astype(np.uint64)[:, None] * np.uint64(_DRAWS_PER_ID) + np.arange(draws, dtype=np.uint64)
     bits = _stream(seed, epoch, purpose, places)
+    # The upper 53 bits, as many as a double holds exactly.
     values: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return values
 

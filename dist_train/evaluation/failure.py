@@ -52,6 +52,7 @@ def auroc(scores: NDArray[np.float32], positive: NDArray[np.bool_]) -> float | N
     if not count or not others:
         return None
     ranks = rankdata(scores, method="average")
+    # The sum of the ranks of the positive ones less the least that it can be, of all pairs of a positive and another one.
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
 
 
@@ -59,5 +60,6 @@ def aurc(scores: NDArray[np.float32], correct: NDArray[np.bool_]) -> float:
     """Area under the risk-coverage curve; images that tie share their errors."""
     _, group = np.unique(-scores, return_inverse=True)
     counts = np.bincount(group)
+    # From the most confident on; of those that tie each has the mean error of all.
     errors = (np.bincount(group, weights=~correct) / counts)[np.sort(group)]
     return float((np.cumsum(errors) / np.arange(1, len(errors) + 1)).mean())

@@ -120,6 +120,7 @@ def add_sample(sums, losses, logs, rank, confidence, scales, flags, exits, M: tl
     is_counted = is_exit & is_valid
     factor, weight = scales
     loss = losses[1] * factor * tl.load(exits.label_weights + lane, mask=lane < M, other=0.0)
+    # A sample that is not finite makes the loss NaN by one lane, over which it is summed.
     loss = tl.where(is_exit & has_label, loss, tl.where(is_finite | (lane > 0), 0.0, float("nan")))
     counts = tl.where((lane == 0) & is_finite & is_valid, 1.0, 0.0)
     counts += tl.where((lane == 1) & has_label & (is_valid == 0), 1.0, 0.0)

@@ -35,6 +35,7 @@ def add_exit(rule: Ensemble, number: int, logits: Tensor, total: Tensor | None) 
     if rule == "arithmetic":
         logits = logits.log_softmax(1)
         total = logits if total is None else torch.logaddexp(total, logits)
+        # The logarithm of the mean probability, whose softmax is that mean.
         return total - math.log(number), total
     if total is not None:
         logits = (total.detach() if rule == "boosted" else total) + logits
