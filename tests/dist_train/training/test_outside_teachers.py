@@ -146,7 +146,9 @@ def test_teachers_that_do_not_fit_are_one_line(ranks: Any, digits: Path, tmp_pat
         found = plan(settings(digits, tmp_path, "student", name))
         assert [one for one in found.problems if name in one]
     found = plan(settings(digits, tmp_path, "student", teacher))
-    assert 0 <= found.memory[0].teachers - found.memory[0].evaluator < 20_000  # the same network, and the head of its file
+    assert (
+        0 <= found.memory[0].teachers - found.memory[0].evaluator < 20_000
+    )  # the same network, and the head of its file
     assert "teachers" in str(found)
     assert "teachers" not in str(plan(settings(digits, tmp_path, "student")))
     with pytest.raises(ConfigError, match=r"optim\.ema_decay is not set"):
