@@ -37,7 +37,8 @@ OWNERS = {
     "tensorboard": ["dist_train/tracking/tensorboard.py"],
     "fsspec": ["dist_train/data/remote.py"],
     "pyarrow": ["shards/parquet.py"],
-    "onnxruntime": ["dist_train/export/runner.py"],
+    "onnxruntime": ["dist_train/export/int8.py", "dist_train/export/runner.py"],
+    "openvino": ["dist_train/export/openvino_runtime.py"],
     "onnx": ["dist_train/export/single_graph.py"],
     "matplotlib": ["dist_train/render/figure.py", "dist_train/evaluation/plots.py", "dist_train/compare/plots.py"],
 }

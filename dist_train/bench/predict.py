@@ -23,7 +23,7 @@ from dist_train.bench.runtimes import Exits, Runtime, TorchRuntime
 from dist_train.errors import ConfigError, DataError
 from dist_train.evaluation.thresholds import OperatingPoint, point_for_budget, point_for_risk
 from dist_train.export import policy as policies
-from dist_train.export.programs import RUNTIME, check_installed, write_programs
+from dist_train.export.programs import RUNTIME, check_installed
 from dist_train.files import write_whole
 from dist_train.models.cost import exit_costs
 from dist_train.models.stages import static_networks
@@ -203,12 +203,9 @@ def _subject(known: Any) -> Iterator[Subject]:
 
 def _exported(folder: Path) -> Subject:
     check_installed()
-    from dist_train.bench.onnx_runtime import OnnxRuntime  # which needs what check_installed looks for
+    from dist_train.bench.exported import ExportRuntime  # which needs what check_installed looks for
 
-    try:
-        runtime = OnnxRuntime(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(str(error)) from None
+    runtime = ExportRuntime(folder)
     policy, parity = runtime.policy, runtime.policy["parity"]
     labeled = parity["policy_top1"] is not None
     return Subject(
@@ -232,14 +229,13 @@ def _of_run(known: Any, folder: Path) -> Subject:
     if known.compile:
         runtimes.append(TorchRuntime(staged, cut, point.policy, compiled=True))
     if all(map(importlib.util.find_spec, RUNTIME)):
-        from dist_train.bench.onnx_runtime import OnnxRuntime
-
-        stages = write_programs(staged, size, folder)
         costs = [cost.macs for cost in exit_costs(network, size, lazy=True)]
-        policies.write(
-            folder, policies.content(point, costs, meta.classes, config.data, meta.progress.step, {"stages": stages})
-        )
-        runtimes.append(OnnxRuntime(folder))
+        content = policies.content(point, costs, meta.classes, config.data, meta.progress.step, {})
+        from dist_train.bench.exported import exported_runtimes
+
+        runtimes += exported_runtimes(staged, size, content, folder)
+        if len(runtimes) == 2 + known.compile:
+            print("without OpenVINO: pip install 'dist-train[openvino]'\n")
     else:
         print("without ONNX Runtime: pip install 'dist-train[export]'\n")
     return Subject(runtimes, network.num_exits, size, point.reference.shares or None)
@@ -290,7 +286,7 @@ def _measure(runtime: Runtime, subject: Subject, threads: int, batch: int, secon
     other_work = OtherWork()
     times = _in_turns(works, seconds)
     rows = [_row(kind, exit_, batch, times[kind, exit_]) for kind, exit_ in works]
-    return Combination(runtime.name, threads, batch, "fp32", len(times["exit", 1]), rows, other_work.share())
+    return Combination(runtime.name, threads, batch, runtime.precision, len(times["exit", 1]), rows, other_work.share())
 
 
 def _in_turns(works: Works, seconds: float) -> dict[tuple[str, int | None], list[float]]:

@@ -24,9 +24,11 @@ class Runtime(Protocol):
 
     Attributes:
         name: as tables call it.
+        precision: that it computes in.
     """
 
     name: str
+    precision: str
 
     def prepare(self, images: Images, threads: int) -> None:
         """Take these images [N, 3, S, S] from now on, and so many threads."""
@@ -75,7 +77,7 @@ class TorchRuntime:
     def __init__(
         self, network: StagedNetwork, cut: Sequence[nn.Module], policy: Thresholds, compiled: bool = False
     ) -> None:
-        self.name = "torch compiled" if compiled else "torch"
+        self.name, self.precision = "torch compiled" if compiled else "torch", "fp32"
         self._network, self._policy = network, policy
         self._static = list(cut)
         if compiled:  # copies: compiling changes a module, and the others are timed as they are

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from dist_train.arguments import Parser
 from dist_train.commands.policy import add_policy_options, chosen_point
 from dist_train.errors import ConfigError
+from dist_train.export.formats import MAX_CHANGED, Format, Precision
 
 
 def run(arguments: list[str]) -> int:
@@ -15,19 +18,24 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(
             f"no thresholds are given; give --budget or --risk (of the report of `dist-train eval {known.run}`), or --thresholds"
         )
+    if not 0 <= known.max_changed <= 1:
+        raise ConfigError(
+            f"--max-changed is {known.max_changed:g}; give a share of the images from 0 to 1, such as 0.1"
+        )
     from dist_train.export.programs import check_installed
 
-    check_installed()
+    check_installed(known.format)
     from dist_train.export.export import export
 
+    chosen = (known.run, point, known.out, known.shards, known.format, known.precision, known.max_changed)
     if known.mlflow:
         from dist_train.export.mlflow_model import export_model, log_model
 
-        folder = export_model(known.run, point, known.out, known.shards, known.format)
+        folder = export_model(*chosen)
         print(f"exported to {folder}; serve it with: mlflow models serve --env-manager local -m {folder}")
         print(log_model(known.run, folder))
         return 0
-    folder = export(known.run, point, known.out, known.shards, known.format)
+    folder = export(*chosen)
     print(f"exported to {folder}; its README.md says what was measured")
     return 0
 
@@ -35,16 +43,32 @@ def run(arguments: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "dist-train export",
-        description="Write a folder that predicts without torch: one ONNX program per exit, policy.json, and predict.py, which "
-        "needs numpy, Pillow and onnxruntime. Before the folder gets its name, the programs are compared with the network on "
+        description="Write a folder that predicts without torch: one program per exit, policy.json, and predict.py, which "
+        "needs numpy, Pillow and the runtime. Before the folder gets its name, the programs are compared with the network on "
         "1,000 images of data.val.",
     )
     parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint), or one of its checkpoints")
     parser.add_argument(
         "--format",
-        choices=("onnx", "onnx-if"),
+        choices=get_args(Format),
         default="onnx",
-        help="onnx: a program per exit, for any number of images (default); onnx-if: one graph that stops by itself, an image at a time",
+        help="onnx: a program per exit, for any number of images (default); onnx-if: one graph that stops by itself, an image at a time; "
+        "openvino: a program per exit for OpenVINO",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="int8: quantised, by the ranges of activations on 128 images of data.val, for ONNX Runtime; bf16 and fp16: for OpenVINO, "
+        "where the CPU has them (default: fp32)",
+    )
+    parser.add_argument(
+        "--max-changed",
+        type=float,
+        default=MAX_CHANGED,
+        metavar="SHARE",
+        help="share of the compared images that a lower precision than fp32 may give another class or exit; more is an error "
+        f"(default: {MAX_CHANGED})",
     )
     add_policy_options(parser)
     parser.add_argument(

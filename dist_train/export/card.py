@@ -26,7 +26,11 @@ CITATION = """@inproceedings{phuong2019distillation,
 
 
 def card_text(
-    address: str, config: Config, meta: CheckpointMeta, report: Mapping[str, Any] | None, exported: bool
+    address: str,
+    config: Config,
+    meta: CheckpointMeta,
+    report: Mapping[str, Any] | None,
+    exported: Mapping[str, Any] | None,
 ) -> str:
     """Markdown with the front matter that the Hub reads.
 
@@ -35,7 +39,7 @@ def card_text(
         config: as it is published.
         meta: of the checkpoint.
         report: content of report.json of the same step; None where there is none.
-        exported: whether the folder has an export.
+        exported: content of the export's policy.json; None where there is none.
     """
     tags = ["image-classification", "early-exit", "multi-exit", "anytime-prediction", "knowledge-distillation"]
     matter = {"library_name": "dist_train", "pipeline_tag": "image-classification", "tags": tags}
@@ -45,7 +49,7 @@ def card_text(
         f"An image classifier with several exits ({config.model.name}, step {meta.progress.step}): an image that an early exit is "
         "confident of stops there, and skips the rest of the computation.",
         _use(address, report),
-        *(_export(address) if exported else ()),
+        *(_export(address, exported["runtime"]) if exported else ()),
         "## Accuracy",
         *(_accuracy(report) if report else ("It has not been evaluated.",)),
         _data(config, meta, report),
@@ -77,11 +81,11 @@ for logits in model.iter_exits(images):  # prepared as config.yaml says; compute
 ```"""
 
 
-def _export(address: str) -> tuple[str, ...]:
+def _export(address: str, runtime: str) -> tuple[str, ...]:
     fetch = f"hf download {address.removeprefix(PREFIX)} --include 'export/*' --local-dir .\n"
     return (
-        "Without torch and without dist_train, in ONNX Runtime by `export/predict.py`, which is short enough to be read before it is run:",
-        f"```bash\n{fetch if address.startswith(PREFIX) else ''}pip install numpy pillow onnxruntime\npython export/predict.py IMAGES\n```",
+        f"Without torch and without dist_train, in {runtime} by `export/predict.py`, which is short enough to be read before it is run:",
+        f"```bash\n{fetch if address.startswith(PREFIX) else ''}pip install numpy pillow {runtime}\npython export/predict.py IMAGES\n```",
     )
 
 

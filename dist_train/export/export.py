@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.config import DataConfig
@@ -18,6 +19,7 @@ from dist_train.errors import ConfigError, DataError
 from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import policy as policies
 from dist_train.export import runner
+from dist_train.export.formats import MAX_CHANGED, RUNTIMES, Format, Precision, check_precision, open_export
 from dist_train.export.parity import compare
 from dist_train.export.programs import versions, write_programs
 from dist_train.export.readme import exit_milliseconds, readme_text
@@ -25,12 +27,14 @@ from dist_train.files import draft_folder_of
 from dist_train.hub import is_address
 from dist_train.models.cost import exit_costs
 from dist_train.models.stages import StagedNetwork
+from dist_train.prediction.stopping import Thresholds
 from dist_train.training import checkpoint
 from shards.index import Index
 
-Format = Literal["onnx", "onnx-if"]
 IMAGES = 1000
 """Images of the split, evenly spaced, that the programs are compared on."""
+CALIBRATION_IMAGES = 128
+"""Others of them, evenly spaced, that int8 takes the ranges of activations from."""
 BATCH = 50
 
 
@@ -40,20 +44,25 @@ def export(
     out: str | Path | None = None,
     shards: str | Path | None = None,
     format_: Format = "onnx",
+    precision: Precision = "fp32",
+    max_changed: float = MAX_CHANGED,
 ) -> Path:
-    """Write the folder of a run's network as ONNX programs, whole or not at all; the folder.
+    """Write the folder of a run's network as programs of another runtime, whole or not at all; the folder.
 
     Args:
         path: run folder (its best checkpoint) or checkpoint.
         point: when an image exits.
         out: the folder (default: ``export`` in the run folder); an export that is there is replaced.
         shards: folder of the shards that images to compare are taken from, of the split data.val (default: the run's).
-        format_: ``onnx`` is a program per exit, ``onnx-if`` one graph that stops by itself.
+        format_: ``onnx`` is a program per exit, ``onnx-if`` one graph that stops by itself, ``openvino`` a program per exit for OpenVINO.
+        precision: that it computes in.
+        max_changed: of a lower precision than fp32, the largest share of images with another class or exit.
 
     Raises:
-        UserError: the network cannot be cut or expressed, the thresholds do not fit it, or the programs do
-            not compute what the network computes.
+        UserError: the network cannot be cut or expressed, the thresholds do not fit it, the runtime does not have the precision, or
+            the programs do not compute what the network computes.
     """
+    check_precision(format_, precision)
     folder = folder_for(path, out, policies.FOLDER)
     policies.check_folder(folder)
     path = checkpoint.find(path)
@@ -66,15 +75,19 @@ def export(
         raise DataError(f"{data.shards}/{data.val}: its classes are not those of {path}; give its own --shards")
     staged = network.staged(data.image_size)
     costs = [cost.macs for cost in exit_costs(network, data.image_size, lazy=True)]
+    compared, others = _samples(len(index))
     try:
         with draft_folder_of(folder) as draft:
-            programs = _write_programs(staged, point, data.image_size, draft, format_)
+            images = _images(data, index, others) if precision == "int8" else None
+            programs = _write(staged, data.image_size, point.policy, draft, format_, images)
+            programs |= {"precision": precision}
             policy = policies.content(point, costs, meta.classes, data, meta.progress.step, programs)
-            shutil.copyfile(runner.__file__, draft / "predict.py")
             policies.write(draft, policy)
-            exported = runner.EarlyExit(draft, threads=1)
-            found = compare(network, point.policy, exported, _batches(data, index), data.val)
-            policy |= {"parity": found.to_json(), "versions": versions()}
+            exported = open_export(draft, threads=1)
+            batches = _batches(data, index, compared)
+            limit = None if precision == "fp32" else max_changed
+            found = compare(network, point.policy, exported, batches, data.val, limit)
+            policy |= {"parity": found.to_json(), "versions": versions(format_)}
             times = exit_milliseconds(exported, np.zeros((1, 3, data.image_size, data.image_size), dtype=np.float32))
             (draft / "README.md").write_text(readme_text(policy, times), encoding="utf-8")
             policies.write(draft, policy)
@@ -83,15 +96,44 @@ def export(
     return folder
 
 
-def _write_programs(
-    staged: StagedNetwork, point: OperatingPoint, image_size: int, folder: Path, format_: Format
+def _write(
+    staged: StagedNetwork,
+    image_size: int,
+    policy: Thresholds,
+    folder: Path,
+    format_: Format,
+    images: NDArray[np.float32] | None,
 ) -> dict[str, Any]:
-    """Their names, as in policy.json."""
-    if format_ == "onnx":
-        return {"stages": write_programs(staged, image_size, folder)}
-    from dist_train.export.single_graph import write_single_graph  # imports onnx
+    """Write the programs and their runner; runtime and programs, as in policy.json.
 
-    return {"graph": write_single_graph(staged, point.policy, image_size, folder)}
+    Args:
+        staged: in float32.
+        image_size: in pixels.
+        policy: which the graph that stops by itself decides by.
+        folder: to write into.
+        format_: of the programs.
+        images: [N, 3, S, S] to find ranges for int8; None: float32.
+    """
+    with tempfile.TemporaryDirectory() as draft:
+        place = folder if format_ == "onnx" else Path(draft)
+        names = write_programs(staged, image_size, place)
+        stages = [place / name for name in names]
+        if images is not None:
+            from dist_train.export.int8 import quantize  # imports onnxruntime's tools
+
+            quantize(stages, images)
+        text = Path(runner.__file__).read_text(encoding="utf-8")
+        programs: dict[str, Any] = {"stages": names}
+        if format_ == "onnx-if":
+            from dist_train.export.single_graph import write_single_graph  # imports onnx
+
+            programs = {"graph": write_single_graph(stages, policy, folder)}
+        elif format_ == "openvino":
+            from dist_train.export.openvino_runtime import runner_text, write_openvino
+
+            programs, text = {"stages": write_openvino(stages, folder)}, runner_text()
+    (folder / "predict.py").write_text(text, encoding="utf-8")
+    return {"runtime": RUNTIMES[format_], **programs}
 
 
 def folder_for(path: str | Path, out: str | Path | None, name: str) -> Path:
@@ -106,9 +148,33 @@ def folder_for(path: str | Path, out: str | Path | None, name: str) -> Path:
     return folder
 
 
-def _batches(data: DataConfig, index: Index) -> Iterator[tuple[Tensor, Tensor, list[bytes]]]:
+def _samples(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which samples of a split are compared, and which are for calibration: others, but where there are too few."""
+    every = np.arange(count)
+    compared = _evenly(every, IMAGES)
+    others = np.setdiff1d(every, compared)
+    return compared, _evenly(others if len(others) >= CALIBRATION_IMAGES else every, CALIBRATION_IMAGES)
+
+
+def _evenly(samples: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    chosen: NDArray[np.int64] = samples[
+        np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64))
+    ]
+    return chosen
+
+
+def _images(data: DataConfig, index: Index, samples: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Images as evaluation prepares them, [N, 3, S, S]; raises DataError where none can be read."""
+    found = [images.contiguous().numpy().copy() for images, _, _ in _batches(data, index, samples)]
+    if not found:
+        raise DataError(f"{data.shards}/{data.val}: none of its images can be read, so int8 has no ranges")
+    return np.concatenate(found)
+
+
+def _batches(
+    data: DataConfig, index: Index, samples: NDArray[np.int64]
+) -> Iterator[tuple[Tensor, Tensor, list[bytes]]]:
     """Images as evaluation prepares them, their labels, and their files; raises DataError where a file cannot be read again."""
-    samples = np.unique(np.linspace(0, len(index) - 1, min(IMAGES, len(index))).astype(np.int64))
     loader = Loader(
         index,
         data.location(data.val),

@@ -14,7 +14,8 @@ from dist_train.errors import ConfigError
 from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import mlflow_loader
 from dist_train.export import policy as policies
-from dist_train.export.export import Format, export, folder_for
+from dist_train.export.export import export, folder_for
+from dist_train.export.formats import MAX_CHANGED, RUNTIMES, Format, Precision
 from dist_train.files import draft_folder_of
 from dist_train.tracking.mirror import SyncState
 from dist_train.tracking.mlflow import log_report, save_model, unusable
@@ -24,8 +25,8 @@ DATA = "data"
 """Where MLflow puts the export in a model's folder."""
 ARTIFACTS = "early_exit_model"
 """Folder of the model among the artifacts of its run."""
-NEEDS = {"numpy": "numpy", "pandas": "pandas", "pillow": "PIL", "onnxruntime": "onnxruntime"}
-"""What pip has to install, and its modules."""
+NEEDS = {"numpy": "numpy", "pandas": "pandas", "pillow": "PIL"}
+"""What pip has to install beside the runtime, and its modules."""
 
 
 def export_model(
@@ -34,6 +35,8 @@ def export_model(
     out: str | Path | None = None,
     shards: str | Path | None = None,
     format_: Format = "onnx",
+    precision: Precision = "fp32",
+    max_changed: float = MAX_CHANGED,
 ) -> Path:
     """Write the folder of a model that ``mlflow models serve`` serves, whole or not at all; the folder.
 
@@ -45,15 +48,21 @@ def export_model(
     folder = folder_for(path, out, "mlflow-model")
     _check_folder(folder)
     with tempfile.TemporaryDirectory() as draft:
-        exported = export(path, point, Path(draft) / policies.FOLDER, shards, format_)
+        exported = export(path, point, Path(draft) / policies.FOLDER, shards, format_, precision, max_changed)
         size = json.loads((exported / policies.NAME).read_text())["preprocessing"]["crop"]
-        requirements = [f"{name}=={importlib.import_module(module).__version__}" for name, module in NEEDS.items()]
+        runtime = RUNTIMES[format_]
+        requirements = [f"{name}=={_version(module)}" for name, module in (NEEDS | {runtime: runtime}).items()]
         try:
             with draft_folder_of(folder) as model:
                 save_model(model, Path(mlflow_loader.__file__), exported, _grey_image(size), requirements)
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
     return folder
+
+
+def _version(module: str) -> str:
+    """As pip knows it: OpenVINO's own goes on with its build."""
+    return str(importlib.import_module(module).__version__).partition("-")[0]
 
 
 def log_model(path: str | Path, folder: Path) -> str:

@@ -34,7 +34,8 @@ def content(
     ``thresholds`` has one number per exit (null: no image leaves there; the last is not used), which ``measure`` of the logits,
     divided by ``temperatures`` where there are any, must reach. ``promise`` is what report.json says of these thresholds:
     budget and expected accuracy, or the guarantee. ``shares`` are the intervals that the shares of images per exit stay in while
-    the images are of the same kind.  ``programs`` has ``stages``, the programs in order, or ``graph``, the one that stops by itself.
+    the images are of the same kind.  ``programs`` has ``runtime``, ``precision``, and ``stages``, the programs in order, or ``graph``, the one
+    that stops by itself.
     """
     policy = point.policy
     values = [*policy.values][: len(costs) - 1]

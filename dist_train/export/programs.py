@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.errors import ConfigError
+from dist_train.export.formats import RUNTIMES, Format
 from dist_train.models.stages import StagedNetwork
 
 OPSET = 20
@@ -23,19 +24,25 @@ OPSET = 20
 RUNTIME = ("onnx", "onnxscript", "onnxruntime")
 
 
-def check_installed() -> None:
-    """Raise ConfigError where a library that exporting needs is missing."""
-    missing = [name for name in RUNTIME if importlib.util.find_spec(name) is None]
+def check_installed(format_: Format = "onnx") -> None:
+    """Raise ConfigError where a library that exporting to a format needs is missing."""
+    missing = [name for name in _libraries(format_) if importlib.util.find_spec(name) is None]
     if missing:
+        extra = "openvino" if format_ == "openvino" else "export"
         raise ConfigError(
-            f"exporting needs {' and '.join(missing)}, which cannot be found; install them with pip install 'dist-train[export]'"
+            f"exporting needs {' and '.join(missing)}, which cannot be found; install them with pip install 'dist-train[{extra}]'"
         )
 
 
-def versions() -> dict[str, str | int]:
+def versions(format_: Format) -> dict[str, str | int]:
     """Of the operators, and of the libraries that made the programs and that they were compared in."""
     # Asked of the modules: ONNX Runtime comes from distributions of several names, such as onnxruntime-gpu.
-    return {"opset": OPSET} | {name: importlib.import_module(name).__version__ for name in ("torch", *RUNTIME)}
+    libraries = ("torch", *_libraries(format_))
+    return {"opset": OPSET} | {name: importlib.import_module(name).__version__ for name in libraries}
+
+
+def _libraries(format_: Format) -> list[str]:
+    return list(dict.fromkeys((*RUNTIME, RUNTIMES[format_])))
 
 
 def write_programs(staged: StagedNetwork, image_size: int, folder: Path) -> list[str]:

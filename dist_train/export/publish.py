@@ -64,9 +64,11 @@ def write_published(path: str | Path, folder: Path, address: str) -> list[str]:
                 raise CheckpointError(f"{file}: is missing; export again, or remove {file.parent}")
             shutil.copyfile(file, folder / policies.FOLDER / file.name)
     try:
-        card = card_text(address, config, meta, report, exported is not None)
+        card = card_text(address, config, meta, report, exported)
     except (KeyError, TypeError, IndexError):
-        raise CheckpointError(f"{run / 'report.json'}: is damaged; write it again, or remove it") from None
+        raise CheckpointError(
+            f"{run}: its report.json or the policy.json of its export is damaged; write it again, or remove it"
+        ) from None
     (folder / "README.md").write_text(card, encoding="utf-8")
     if type(config.model) is FunctionConfig:
         lacking.append(f"the code of {config.model.name}, without which the network cannot be loaded elsewhere")

@@ -59,8 +59,7 @@ Measured with these programs: accuracy on the {measured["labeled"]} labeled of {
 the thresholds; time of `predict` for an image alone that leaves at the exit, one thread, median of {REPEATS} ({platform.processor() or platform.machine()});
 by the policy: the mean over the exits that these images take.
 {_promise(policy["promise"])}
-Compared with the network that they were made of, on the same images: {_exits(measured["ties"])}, and no logit
-differs by more than {measured["largest_logit_difference"]:.1e}.
+Compared with the network that they were made of, in float32, on the same images: {_compared(measured)}.
 
 `predict.py` decodes images with Pillow, evaluation decoded them with DALI. Pixels differ by {pillow["mean_difference"]:.2f} of 255 on average
 and {pillow["largest_difference"]:.0f} at most; of {pillow["images"]} images {pillow["other_class"]} get another class and {pillow["other_exit"]} another exit by that.
@@ -68,7 +67,7 @@ and {pillow["largest_difference"]:.0f} at most; of {pillow["images"]} images {pi
 ## Use
 
 ```
-pip install numpy pillow onnxruntime
+pip install numpy pillow {policy["runtime"]}
 python predict.py IMAGE ...
 ```
 
@@ -93,10 +92,11 @@ def _programs(policy: dict[str, Any]) -> str:
     exits = len(policy["thresholds"])
     if "graph" in policy:
         return (
-            f"One ONNX program with {exits} exits, which takes an image at a time: what is behind an exit is computed only if the exit is not\n"
+            f"One ONNX program in {policy['precision']} with {exits} exits, which takes an image at a time: what is behind an exit is computed only if the exit is not\n"
             "sure of it (`If`). Inputs: `images`, and `thresholds` of all exits but the last, those of the table; outputs: `logits`, and `exit`, from 0."
         )
-    return f"{exits} ONNX programs, one per exit. An image goes on to the next only if the exit is not sure of it."
+    name = "OpenVINO" if policy["runtime"] == "openvino" else "ONNX"
+    return f"{exits} {name} programs in {policy['precision']}, one per exit. An image goes on to the next only if the exit is not sure of it."
 
 
 def _percent(share: float | None) -> str:
@@ -107,9 +107,15 @@ def _threshold(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _exits(ties: int) -> str:
-    same = "every image takes the same exit"
-    return f"{same}, but {ties} whose confidence is within {TIE:g} of a threshold" if ties else same
+def _compared(measured: dict[str, Any]) -> str:
+    if measured["max_changed"] is not None:
+        return (
+            f"{measured['other_class']} of {measured['images']} get another class and\n{measured['other_exit']} take another exit, "
+            f"{100 * measured['changed'] / measured['images']:.2f} % one or the other (allowed: {100 * measured['max_changed']:g} %)"
+        )
+    ties = measured["ties"]
+    exits = f", but {ties} whose confidence is within {TIE:g} of a threshold" if ties else ""
+    return f"every image takes the same exit{exits}, and no logit\ndiffers by more than {measured['largest_logit_difference']:.1e}"
 
 
 def _promise(promise: dict[str, Any] | None) -> str:

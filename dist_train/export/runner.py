@@ -3,8 +3,6 @@
 python predict.py IMAGE ..., or network = EarlyExit(FOLDER); network.predict(numpy.stack([network.load(path), ...]))
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -34,19 +32,22 @@ class EarlyExit:
         signed = json.dumps({key: value for key, value in self.policy.items() if key != "sha256"}, sort_keys=True)
         if hashlib.sha256(signed.encode()).hexdigest() != self.policy.get("sha256"):
             raise ValueError(f"{folder}: policy.json was changed, its SHA-256 does not fit; export again")
-        # The confidence with which an image leaves at each exit; infinite where none does.
+        for name in (one for one in self.policy["files"] if not one.endswith((".py", ".md"))):
+            if hashlib.sha256(Path(folder, name).read_bytes()).hexdigest() != self.policy["files"][name]:
+                raise ValueError(f"{folder}: {name} is not the one of policy.json, its SHA-256 differs; export again")
+        names = self.policy.get("stages") or [self.policy["graph"]]
+        self.stages = [self.program(Path(folder, name), threads) for name in names]
+        self.graph = self.stages.pop() if "graph" in self.policy else None  # stops by itself, for an image at a time
         self.thresholds = np.array([np.inf if v is None else v for v in self.policy["thresholds"]], np.float32)
+        self.counts = np.zeros(len(self.thresholds), dtype=np.int64)  # images that took each exit so far
+
+    def program(self, file: Path, threads: int) -> Any:
+        """A program as a function, from a list of its inputs to a list of its outputs."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.stages = []
-        for name in self.policy.get("stages") or [self.policy["graph"]]:
-            program = Path(folder, name).read_bytes()
-            if hashlib.sha256(program).hexdigest() != self.policy["files"][name]:
-                raise ValueError(f"{folder}: {name} is not the one of policy.json, its SHA-256 differs; export again")
-            self.stages.append(onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"]))
-        self.graph = self.stages.pop() if "graph" in self.policy else None  # stops by itself, for an image at a time
-        self.inputs = [[one.name for one in stage.get_inputs()] for stage in self.stages]
-        self.counts = np.zeros(len(self.thresholds), dtype=np.int64)  # images that took each exit so far
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        names = [one.name for one in session.get_inputs()]
+        return lambda given: session.run(None, dict(zip(names, given)))
 
     def load(self, file: Any) -> Array:
         """An image file, prepared as the network takes it, float32 [3, S, S]; raises OSError for what is no image."""
@@ -67,12 +68,11 @@ class EarlyExit:
         predicted, exits = np.zeros((len(images), 0), dtype=np.int64), np.zeros(len(images), dtype=np.int64)
         logits = np.zeros((len(images), len(self.policy["classes"])), dtype=np.float32)
         if self.graph and len(images):
-            found = [self.graph.run(None, {"images": one[None], "thresholds": self.thresholds[:-1]}) for one in images]
-            logits, exits = (np.concatenate(part) for part in zip(*found))
+            logits, exits = map(np.concatenate, zip(*(self.graph([one[None], self.thresholds[:-1]]) for one in images)))
         for number, stage in enumerate(self.stages):
             if not len(waiting):
                 break
-            found, *given = stage.run(None, dict(zip(self.inputs[number], given)))
+            found, *given = stage(given)
             predicted = np.concatenate([predicted, found.argmax(1)[:, None]], axis=1)
             sure = np.full(len(waiting), stage is self.stages[-1])
             sure |= self.confidence(number, found, predicted) >= self.thresholds[number]

@@ -16,32 +16,30 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from dist_train.export.programs import OPSET, write_program, write_programs
-from dist_train.models.stages import StagedNetwork
+from dist_train.export.programs import OPSET, write_program
 from dist_train.prediction.stopping import Thresholds
 
 NAME = "network.onnx"
 
 
-def write_single_graph(staged: StagedNetwork, policy: Thresholds, image_size: int, folder: Path) -> str:
+def write_single_graph(programs: Sequence[Path], policy: Thresholds, folder: Path) -> str:
     """Write ``network.onnx`` into a folder; its name.
 
     Inputs: ``images`` float32 [1, 3, S, S], and ``thresholds`` float32 [M - 1] of all exits but the last.  Outputs: ``logits`` float32
     [1, K] of the exit taken, and ``exit`` int64 [1], from 0.
 
     Args:
-        staged: in float32.
+        programs: files of the stages, as :func:`~dist_train.export.programs.write_programs` writes them.
         policy: whose measure of confidence decides, with its temperatures and weights.
-        image_size: S, in pixels.
         folder: to write into.
 
     Raises:
         ConfigError: ONNX has no operator for something that the network does.
         OSError: a file cannot be written.
     """
-    exits, classes = staged.num_exits, staged.num_classes
+    stages = [onnx.load(program) for program in programs]
+    exits, classes = len(stages), _shape(stages[0].graph.output[0])[1]
     with tempfile.TemporaryDirectory() as draft:
-        stages = [onnx.load(Path(draft) / name) for name in write_programs(staged, image_size, Path(draft))]
         decisions = []
         for number in range(exits - 1):
             given = (
@@ -54,7 +52,7 @@ def write_single_graph(staged: StagedNetwork, policy: Thresholds, image_size: in
             decisions.append(onnx.load(file))
     nodes, initializers, outputs = _from_exit(0, ["images"], "", stages, decisions)
     inputs = [
-        helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, image_size, image_size]),
+        helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, *_shape(stages[0].graph.input[0])[1:]]),
         helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, [exits - 1]),
     ]
     renamed = [helper.make_node("Identity", [name], [new]) for name, new in zip(outputs, ("logits", "exit"))]
@@ -118,7 +116,7 @@ def _from_exit(
         decisions[number], f"decision{number}_", [logits, before, "thresholds"]
     )
     inner, inner_weights, inner_outputs = _from_exit(number + 1, gives, classes, stages, decisions)
-    width = stages[number].graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    width = _shape(stages[number].graph.output[0])[1]
     stop_outputs = [f"stop_{name}" for name in outputs]
     stop = helper.make_graph(
         [helper.make_node("Identity", [name], [new]) for name, new in zip((logits, here.name), stop_outputs)],
@@ -138,6 +136,10 @@ def _inlined(model: onnx.ModelProto, prefix: str, takes: Sequence[str]) -> Part:
     given = [one.name for one in graph.input]
     linked = [helper.make_node("Identity", [name], [new]) for name, new in zip(takes, given, strict=True)]
     return [*linked, *graph.node], list(graph.initializer), [one.name for one in graph.output]
+
+
+def _shape(tensor: onnx.ValueInfoProto) -> list[int]:
+    return [one.dim_value for one in tensor.type.tensor_type.shape.dim]
 
 
 def _outputs(names: Sequence[str], classes: int) -> list[onnx.ValueInfoProto]:

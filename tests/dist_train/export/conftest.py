@@ -24,8 +24,8 @@ NETWORKS = {
     "resnet": {"name": "resnet", "blocks": [1, 1, 1], "width": 8, "exits": ["stages.0", "stages.1"]},
     "vit": {"name": "transformers/ViTConfig", "options": VIT, "exits": ["vit.layers.0", "vit.layers.1"]},
 }
-MODULES = ("numpy", "numpy.libs", "PIL", "pillow.libs", "onnxruntime")
-"""What an exported runner needs, by its folder in site-packages."""
+MODULES = ("numpy", "numpy.libs", "PIL", "pillow.libs")
+"""What an exported runner needs beside its runtime, by its folder in site-packages."""
 
 
 def train(name, digits, folder, steps=120):
@@ -84,20 +84,32 @@ def exported(runs, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def photos(digits, tmp_path_factory):
+    """30 digits as files."""
+    folder = tmp_path_factory.mktemp("photos")
+    index = Index.load(digits / "val")
+    tar = (digits / "val" / index.shards[0].name).read_bytes()
+    for number in range(30):
+        start = int(index.offset[number])
+        (folder / f"{number:02}.png").write_bytes(tar[start : start + int(index.size[number])])
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
 def elsewhere(tmp_path_factory):
-    """`elsewhere(arguments)` runs a Python whose packages are numpy, Pillow and onnxruntime alone; the finished process."""
+    """`elsewhere(arguments)` runs a Python whose packages are numpy, Pillow and a runtime alone (onnxruntime); the finished process."""
     folder = tmp_path_factory.mktemp("elsewhere")
     venv.create(folder / "venv", with_pip=False)
-    packages = folder / "packages"
-    packages.mkdir()
-    installed = Path(importlib.util.find_spec("onnxruntime").origin).parent.parent
-    for name in MODULES:
-        if (installed / name).exists():
-            (packages / name).symlink_to(installed / name)
+    for runtime in ("onnxruntime", "openvino"):
+        (folder / runtime).mkdir()
+        for name in (*MODULES, runtime):
+            installed = Path(importlib.util.find_spec("numpy").origin).parent.parent / name
+            if installed.exists():
+                (folder / runtime / name).symlink_to(installed)
 
-    def run(*arguments, path=packages):
+    def run(*arguments, runtime="onnxruntime", path=None):
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
-            "PYTHONPATH": str(path)
+            "PYTHONPATH": str(path or folder / runtime)
         }
         words = [folder / "venv/bin/python", *map(str, arguments)]
         return subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, cwd=folder, env=environment)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from dist_train import cli, load_model
-from dist_train.bench.onnx_runtime import OnnxRuntime
+from dist_train.bench.exported import ExportRuntime
 from dist_train.bench.predict import Combination, Row, _exits
 from dist_train.bench.runtimes import TorchRuntime
 from dist_train.export.parity import all_logits
@@ -30,7 +30,7 @@ def test_images_leave_where_the_script_says_in_both_runtimes(runs, exported):
     torch_runtime.prepare(images, 1)
     torch_runtime.route(EXITS)
     assert rows == [7, 4, 3]
-    onnx_runtime = OnnxRuntime(exported["vit"])
+    onnx_runtime = ExportRuntime(exported["vit"])
     onnx_runtime.prepare(images, 1)
     onnx_runtime.route(EXITS)
     assert onnx_runtime._runner.counts.tolist() == [3, 1, 3]
@@ -39,15 +39,16 @@ def test_images_leave_where_the_script_says_in_both_runtimes(runs, exported):
 @pytest.mark.parametrize("name", ["msdnet", "vit"])
 def test_programs_cut_off_at_an_exit_give_its_logits_without_the_other_exits(name, exported):
     images = np.random.default_rng(0).standard_normal((5, 3, 32, 32), dtype=np.float32)
-    runtime = OnnxRuntime(exported[name])
+    runtime = ExportRuntime(exported[name])
     runtime.prepare(images, 1)
-    for session, expected in zip(runtime._static, all_logits(runtime._runner, images), strict=True):
-        (logits,) = session.run(None, {session.get_inputs()[0].name: images})
+    for program, expected in zip(runtime._static, all_logits(runtime._runner, images), strict=True):
+        (logits,) = program([images])
         np.testing.assert_allclose(logits, expected, atol=1e-4)
     stages = [(exported[name] / stage).read_bytes() for stage in runtime.policy["stages"]]
-    assert weights(runtime._programs[0]) == weights(stages[0])
+    cut_off = [file.read_bytes() for file in runtime._cut_off]
+    assert weights(cut_off[0]) == weights(stages[0])
     # Every early exit has at least a linear layer from 8 features to 10 classes.
-    assert weights(runtime._programs[-1]) <= sum(map(weights, stages)) - 2 * 80
+    assert weights(cut_off[-1]) <= sum(map(weights, stages)) - 2 * 80
 
 
 def weights(program):
@@ -102,7 +103,9 @@ def test_a_run_and_an_export_are_measured_and_a_report_takes_the_times(runs, exp
     assert cli.run(["bench", "predict", str(exported["msdnet"]), "--json", str(files["export"]), *quick]) == 0
     said = capsys.readouterr().out
     contents = {name: json.loads(file.read_text()) for name, file in files.items()}
-    assert [one["runtime"] for one in contents["run"]["combinations"]] == ["torch"] * 2 + ["onnxruntime"] * 2
+    assert [one["runtime"] for one in contents["run"]["combinations"]] == ["torch"] * 2 + ["onnxruntime"] * 2 + [
+        "openvino"
+    ] * 2
     policy = json.loads((exported["msdnet"] / "policy.json").read_text())
     assert contents["export"]["top1"] == policy["parity"]["top1"]
     for content in contents.values():

@@ -152,7 +152,7 @@ def test_accuracy_is_that_of_the_labeled_images(unlabeled, runs, exported, digit
     policy, hits = thresholds_of(policy_of(exported["resnet"])), []
 
     def batches():
-        for images, labels, files in export._batches(config.data, Index.load(digits / "val")):
+        for images, labels, files in export._batches(config.data, Index.load(digits / "val"), np.arange(360)):
             labels = torch.where(torch.arange(len(labels)) % 2 < unlabeled, labels, -1)
             with torch.no_grad():
                 hits.append(torch.stack([one.argmax(1) == labels for one in network(images)])[:, labels >= 0])
@@ -177,7 +177,7 @@ def test_what_cannot_be_read_is_not_said_to_be_unwritable(runs, digits, tmp_path
 
     monkeypatch.setattr(Loader, "encoded", emptied)
     with pytest.raises(DataError, match=r"val: an image cannot be read again \(the shard ends"):
-        list(export._batches(config.data.model_copy(update={"shards": tmp_path / "digits"}), index))
+        list(export._batches(config.data.model_copy(update={"shards": tmp_path / "digits"}), index, np.arange(60)))
 
 
 def test_a_folder_that_cannot_be_written_is_no_missing_operator(tmp_path):

@@ -16,21 +16,8 @@ from dist_train.export.runner import EarlyExit
 from dist_train.prediction import Thresholds
 from dist_train.prediction.confidence import HISTORY_MEASURES, MEASURES
 from dist_train.prediction.images import Predictor
-from shards.index import Index
 from tests.common import saved
 from tests.dist_train.export.test_export import policy_of, thresholds_of
-
-
-@pytest.fixture(scope="module")
-def photos(digits, tmp_path_factory):
-    """30 digits as files."""
-    folder = tmp_path_factory.mktemp("photos")
-    index = Index.load(digits / "val")
-    tar = (digits / "val" / index.shards[0].name).read_bytes()
-    for number in range(30):
-        start = int(index.offset[number])
-        (folder / f"{number:02}.png").write_bytes(tar[start : start + int(index.size[number])])
-    return sorted(folder.iterdir())
 
 
 @pytest.mark.parametrize("name", ["msdnet", "vit"])

@@ -44,7 +44,7 @@ def test_it_takes_the_exits_of_the_network_and_gives_its_logits(graph, runs, exp
     assert policy["parity"]["policy_shares"] == stages["parity"]["policy_shares"]
     assert policy["files"].keys() == {"network.onnx", "predict.py", "README.md"}
     assert b"/dist_train/" not in (graph / "network.onnx").read_bytes()  # no paths of this machine
-    assert "One ONNX program with 3 exits" in (graph / "README.md").read_text()
+    assert "One ONNX program in fp32 with 3 exits" in (graph / "README.md").read_text()
     done = elsewhere(graph / "predict.py", tmp_path / "none.png")
     assert (done.returncode, done.stdout) == (2, "")
     assert "none.png" in done.stderr
