@@ -39,7 +39,7 @@ OWNERS = {
     "pyarrow": ["shards/parquet.py"],
     "onnxruntime": ["dist_train/export/int8.py", "dist_train/export/runner.py"],
     "openvino": ["dist_train/export/openvino_runtime.py"],
-    "onnx": ["dist_train/export/single_graph.py"],
+    "onnx": ["dist_train/export/single_graph.py", "dist_train/export/triton_repository.py"],
     "matplotlib": ["dist_train/render/figure.py", "dist_train/evaluation/plots.py", "dist_train/compare/plots.py"],
 }
 

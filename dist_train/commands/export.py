@@ -35,6 +35,12 @@ def run(arguments: list[str]) -> int:
         print(f"exported to {folder}; serve it with: mlflow models serve --env-manager local -m {folder}")
         print(log_model(known.run, folder))
         return 0
+    if known.triton:
+        from dist_train.export.triton_repository import export_repository
+
+        folder = export_repository(*chosen)
+        print(f"exported to {folder}; serve it with: tritonserver --model-repository={folder}")
+        return 0
     folder = export(*chosen)
     print(f"exported to {folder}; its README.md says what was measured")
     return 0
@@ -71,10 +77,16 @@ def _parser() -> Parser:
         f"(default: {MAX_CHANGED})",
     )
     add_policy_options(parser)
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--mlflow",
         action="store_true",
         help="write the folder as a model of MLflow, and log it to the run's MLflow run (default folder: mlflow-model in the run folder)",
+    )
+    kind.add_argument(
+        "--triton",
+        action="store_true",
+        help="write a model repository of Triton Inference Server (default folder: triton in the run folder)",
     )
     parser.add_argument("--out", metavar="FOLDER", help="folder to write (default: export in the run folder)")
     parser.add_argument("--shards", metavar="FOLDER", help="folder of the shards (default: the run's)")

@@ -68,7 +68,8 @@ def content(
 def write(folder: Path, policy: dict[str, Any]) -> None:
     """Write policy.json with the hashes of all other files of the folder, and its own over what it says."""
     files = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != NAME}
-    policy = json.loads(json.dumps(policy | {"files": files}, allow_nan=False))
+    unsigned = {key: value for key, value in policy.items() if key != "sha256"} | {"files": files}
+    policy = json.loads(json.dumps(unsigned, allow_nan=False))
     signed = hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()
     write_whole(folder / NAME, json.dumps(policy | {"sha256": signed}, indent=1) + "\n")
 
