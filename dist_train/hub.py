@@ -89,13 +89,21 @@ def push(folder: Path, repository: str, private: bool, stale: Sequence[str]) -> 
     Args:
         folder: of the files; folders in it are taken as well.
         repository: ``ORG/NAME``.
-        private: whether a repository that is created is private.
+        private: whether a repository that is created is private, and one that is there must be.
         stale: patterns of files that are removed there unless the folder has them.
 
     Raises:
-        HubError: the account may not write there, or the Hub cannot be reached.
+        HubError: the account may not write there, the repository is public although ``private``, or the Hub cannot be reached.
     """
     client = _library().HfApi(library_name="dist_train", **_endpoint())
+    try:
+        public = private and client.repo_exists(repository) and not client.model_info(repository).private
+    except Exception as error:  # its own, httpx's, and the system's
+        raise HubError(f"{repository}: {_reason(error)}") from None
+    if public:
+        raise HubError(
+            f"{repository}: exists and is public, so --private cannot hold; make it private on its page first, or give another name"
+        )
     try:
         page = client.create_repo(repository, private=private or None, exist_ok=True)
         client.upload_folder(

@@ -45,6 +45,8 @@ def _parser() -> Parser:
     )
     parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint), or one of its checkpoints")
     parser.add_argument("repository", metavar="ORG/NAME", nargs="?", help="of the Hugging Face Hub; created if missing")
-    parser.add_argument("--private", action="store_true", help="make a repository that is created private")
+    parser.add_argument(
+        "--private", action="store_true", help="create the repository private; one that is public already is refused"
+    )
     parser.add_argument("--folder", metavar="FOLDER", help="write the files there instead of pushing them")
     return parser

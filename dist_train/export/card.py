@@ -62,13 +62,13 @@ def card_text(
 
 def _use(address: str, report: Mapping[str, Any] | None) -> str:
     points = _points(report) if report else []
-    install = "dist-train[hub]" if address.startswith(PREFIX) else "dist-train"
+    install = ".[hub]" if address.startswith(PREFIX) else "."
     # Rounded up: below the cheapest point there are no thresholds.
     budget = f" --budget {math.ceil(points[len(points) // 2]['budget'] / 1e4) / 100:g}M" if points else ""
     return f"""## Use
 
 ```bash
-pip install "{install}"
+pip install "{install}"    # in a clone of the repository of dist_train
 dist-train predict {address} IMAGES{budget}
 ```
 

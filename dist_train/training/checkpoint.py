@@ -294,7 +294,7 @@ def load_model(path: str | Path, weights: str = "evaluated") -> MultiExitNetwork
         weights: "evaluated" (the moving average where one was kept, as evaluation uses it), or "raw".
 
     Raises:
-        CheckpointError: no checkpoint, or a damaged one.
+        CheckpointError: no checkpoint, a damaged one, or one whose raw weights were not published.
         UserError: a repository that cannot be fetched, or that would run code.
     """
     path = find(path)
@@ -305,6 +305,10 @@ def load_model(path: str | Path, weights: str = "evaluated") -> MultiExitNetwork
     classes = _json(path / "state.json").get("classes")
     if not isinstance(classes, list):
         raise CheckpointError(f"{path}: state.json is damaged (it does not name the classes)")
+    if weights == "raw" and config.optim.ema_decay and evaluated_weights(path).name == "model.safetensors":
+        raise CheckpointError(
+            f"{path}: has the moving average of the weights alone, and not the raw ones; leave out weights='raw'"
+        )
     model = build_model(config.model, len(classes), config.data.image_size)
     try:
         tensors = load_file(path / "model.safetensors" if weights == "raw" else evaluated_weights(path))

@@ -72,6 +72,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"url": f"{hub.url}/{name}"})
         if path == "/api/validate-yaml":
             return self.answer(200, {"warnings": [], "errors": []})
+        if (match := re.fullmatch("/api/models/([^/]+/[^/]+)", path)) and match[1] in hub.repositories:
+            return self.answer(200, {"id": match[1], "private": match[1] in hub.private, "siblings": []})
+        if match:
+            return self.refuse("RepoNotFound")
         match = re.fullmatch(
             r"(?:/api/models)?/([^/]+/[^/]+)/(revision|tree|preupload|commit|resolve)/([^/]+)/?(.*)", path
         )

@@ -73,11 +73,38 @@ def test_thresholds_come_with_the_network(hub, published):
 
 def test_a_later_push_leaves_nothing_of_an_earlier_network(hub, published, runs, capsys):
     cli.run(["push", str(published[1]), "team/digits"])
-    assert cli.run(["push", str(runs["resnet"]), "team/digits", "--private"]) == 0
+    assert cli.run(["push", str(runs["resnet"]), "team/digits"]) == 0
     assert "it lacks no report of step 132" in capsys.readouterr().out
     assert hub.repositories["team/digits"].keys() == WEIGHTS | {"README.md"}
     assert b"It has not been evaluated." in hub.repositories["team/digits"]["README.md"]
     assert type(load_model("hf://team/digits")) is type(load_model(runs["resnet"]))
+
+
+def test_a_private_push_never_makes_a_network_public(hub, published, refused, capsys):
+    run = published[1]
+    assert cli.run(["push", str(run), "team/secret", "--private"]) == 0
+    assert hub.private == {"team/secret"}
+    assert cli.run(["push", str(run), "team/secret", "--private"]) == 0
+    hub.repositories["team/public"] = {"README.md": b"before"}
+    capsys.readouterr()
+    assert "team/public: exists and is public" in refused("push", run, "team/public", "--private")
+    assert hub.repositories["team/public"] == {"README.md": b"before"}
+    assert not [one for one in hub.requests if one.startswith("POST") and "team/public" in one]
+
+
+def test_raw_weights_that_were_not_published_are_not_replaced_by_averages(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint.find(runs["resnet"]), run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["optim"]["ema_decay"] = 0.9
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.copyfile(run / "model.safetensors", run / "averaged.safetensors")
+    (run / "manifest.json").unlink()
+    load_model(run, weights="raw")
+    assert cli.run(["push", str(run), "--folder", str(tmp_path / "out")]) == 0
+    load_model(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="has the moving average of the weights alone"):
+        load_model(tmp_path / "out", weights="raw")
 
 
 def test_the_averaged_weights_are_what_is_published(runs, tmp_path):
