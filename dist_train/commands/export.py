@@ -18,9 +18,11 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(
             f"no thresholds are given; give --budget or --risk (of the report of `dist-train eval {known.run}`), or --thresholds"
         )
-    if not 0 <= known.max_changed <= 1:
+    if known.max_changed is None:
+        known.max_changed = MAX_CHANGED
+    elif known.precision == "fp32" or not 0 <= known.max_changed <= 1:
         raise ConfigError(
-            f"--max-changed is {known.max_changed:g}; give a share of the images from 0 to 1, such as 0.1"
+            f"--max-changed is {known.max_changed:g}; give a share of the images from 0 to 1, such as 0.1, and a lower --precision than fp32"
         )
     from dist_train.export.programs import check_installed
 
@@ -71,7 +73,6 @@ def _parser() -> Parser:
     parser.add_argument(
         "--max-changed",
         type=float,
-        default=MAX_CHANGED,
         metavar="SHARE",
         help="share of the compared images that a lower precision than fp32 may give another class or exit; more is an error "
         f"(default: {MAX_CHANGED})",

@@ -173,6 +173,7 @@ def test_bad_input_is_one_line(runs, refused, tmp_path, monkeypatch):
     assert "invalid choice: 'fp8'" in said("--precision", "fp8")
     for share in ("2", "-0.1", "nan"):
         assert "give a share of the images from 0 to 1" in said("--precision", "int8", f"--max-changed={share}")
+    assert "a lower --precision than fp32" in said("--max-changed", "0.1")
     pytest.importorskip("openvino", reason="needs OpenVINO")
     assert "--precision int8: OpenVINO computes other logits" in said("--format", "openvino", "--precision", "int8")
     monkeypatch.setattr("dist_train.export.openvino_runtime.has_precision", lambda _: False)
