@@ -63,13 +63,15 @@ class FaultReports:
             log.error("%s: cannot be written (%s)", path, failure.strerror)
 
     def read(self) -> dict[int, FaultReport]:
-        """All reports by rank; listing the folder shows those of other nodes even over NFS."""
+        """All reports that can be read, by rank."""
         reports = {}
-        with contextlib.suppress(OSError, ValueError, TypeError), os.scandir(self.folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(".txt"):
-                    with open(entry.path) as file:
-                        report = FaultReport(**json.loads(file.readline()))
+        # Listed, not looked for by name: over NFS a listing asks the server, while a missing name may be remembered.
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            paths = [entry.path for entry in entries if entry.name.endswith(".txt")]
+            for path in paths:
+                # Another version's, or damaged: it must not hide those of the other ranks.
+                with contextlib.suppress(OSError, ValueError, TypeError), open(path) as file:
+                    report = FaultReport(**json.loads(file.readline()))
                     # An earlier start may have had more ranks.
                     if report.rank < self._world_size:
                         reports[report.rank] = report

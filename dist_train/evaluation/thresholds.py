@@ -56,7 +56,7 @@ def parse_budgets(text: str | None) -> list[float]:
 
 
 def point_for_budget(path: str | Path, budget: str) -> OperatingPoint:
-    """The point of report.json whose average cost is within a budget, and whose promise is the best.
+    """The point of report.json whose average cost on the tested images is within a budget, and whose promise is the best.
 
     Args:
         path: run folder or checkpoint.

@@ -40,11 +40,15 @@ class ExitWeights(NamedTuple):
     """[] number of labeled samples: what the sum of label losses is divided by."""
 
 
+KERNEL_RULES = ("last", "next", "later", "ensemble", "none")
+"""Teacher rules for which the GPU kernels have code of their own; they would compute another name wrongly without an error."""
+
+
 class LossOptions(NamedTuple):
     """What is known before any tensor; each combination is a compiled kernel of its own."""
 
     rule: str
-    """Which rule made ``teachers``: last, next, later, ensemble, none; or matrix, which says nothing about it."""
+    """Which of :data:`KERNEL_RULES` made ``teachers``; or matrix, which says nothing about it and always holds."""
     smoothing: float = 0.0
     """Fraction of a label's mass that is spread over the classes that are not masked by -inf."""
     cross_entropy: bool = True

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from dist_train.config import LossConfig
 from dist_train.errors import ConfigError, DataError
 from dist_train.loss.decoupled import decoupled_loss
-from dist_train.loss.inputs import ExitWeights, LossOptions, Targets
+from dist_train.loss.inputs import KERNEL_RULES, ExitWeights, LossOptions, Targets
 from dist_train.loss.operator import exit_loss
 from dist_train.loss.statistics import ExitStats
 from dist_train.loss.teachers import last_teacher_mixture, teacher_matrix, with_outside
@@ -223,9 +223,8 @@ class ExitDistillation(nn.Module):
 
     def _options(self, with_grad: bool) -> LossOptions:
         teachers = self.config.teachers
-        # Which teachers these hold is not known before the matrix is read.
-        known = isinstance(teachers, str) and teachers not in ("best", "better") and not self.num_outside
-        rule = str(teachers) if known else "matrix"
+        # Outside teachers are further columns, which the code for a rule does not look for.
+        rule = teachers if teachers in KERNEL_RULES and not self.num_outside else "matrix"
         return LossOptions(rule, self.config.label_smoothing, self.config.distill_loss == "cross_entropy", with_grad)
 
     @torch.no_grad()

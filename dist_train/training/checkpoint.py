@@ -99,10 +99,10 @@ class Checkpoint:
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint as ``folder/step-N``: whole when this returns, absent if it raises.
+    """Write a checkpoint as ``folder/step-N``, which is whole whenever it is there; it replaces one of the same step.
 
     Raises:
-        OSError: no space, no permission; nothing is left behind.
+        OSError: no space, no permission; nothing half-written is left behind.
     """
     target = folder / step_name(checkpoint.meta.progress.step)
     tensors = {"model": checkpoint.model, "optimizer": checkpoint.optimizer, "ranks": checkpoint.ranks}

@@ -34,6 +34,7 @@ def build_optimizer(
                 groups.append({"params": parameters, "weight_decay": decay, "part": part, "decay": decay})
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    assert config.name == "sgd", config.name
     return torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, fused=True
     )
