@@ -93,7 +93,7 @@ def _plain(path: Path, name: str) -> str:
 
 
 def _regular(path: Path) -> Path:
-    """The path of a file, refused where it is a pipe or a device, which reading could hang on for ever."""
+    """The path of a file, refused where it is a pipe or a device, which reading could hang on forever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise DataError(f"{path}: is neither a folder nor a file")
     return path

@@ -167,7 +167,7 @@ def read_path(path: str | Path) -> bytes:
         NotAFile: it is a folder, a pipe or a device, which may never end, or is larger than any image.
         OSError: it cannot be read.
     """
-    # O_NONBLOCK, because opening a pipe that nobody writes to would wait for ever.
+    # O_NONBLOCK, because opening a pipe that nobody writes to would wait forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         state = os.fstat(descriptor)

@@ -69,7 +69,7 @@ class DataConfig(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel standard deviation of RGB, 0 to 1."""
     last_batch: Literal["drop", "wrap"] = "drop"
-    """The incomplete last global batch of an epoch: dropped, or filled from the start of the epoch."""
+    """The incomplete last global batch of an epoch: dropped, or filled from the start of the epoch, with images that then come again."""
     shuffle_shards: Positive = 16
     """Number of shards whose samples are shuffled together; reads stay near-sequential within them."""
     labeled_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None

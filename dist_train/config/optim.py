@@ -69,7 +69,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 and fp16 are autocast with float32 weights; fp16 also has a dynamic loss scale."""
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    """ZeRO stage: what is partitioned over the processes (0 nothing, 1 optimizer state, 2 also gradients, 3 also weights); auto is 1 from 1 GiB of optimizer state, else 0."""
+    """ZeRO stage: what is partitioned over the processes (0 nothing, 1 optimizer state, 2 also gradients, 3 also weights); auto is 1 with several processes and at least 1 GiB of optimizer state, else 0."""
     channels_last: bool = True
     """Activations in NHWC, which convolutions in bf16 prefer, instead of NCHW."""
     sync_bn: bool = False

@@ -1,9 +1,12 @@
-"""Which sample is read when and by whom: pure functions of (index, seed, epoch), whatever the number of ranks.
+"""Which sample is read when, and by which rank: pure functions of (index, seed, epoch).
 
-An epoch is a sequence of views.  View v of N samples is the sample v % N in its variation v // N: the n-th time that a
-sample comes in an epoch it is augmented in another way.  Without sampling options an epoch is one permutation of all ids.
-Global batch k is its stretch [k B, (k + 1) B); a rank takes its contiguous part of that, in micro batches, so that the
-sequence of a global batch's micro batches is the same for every number of ranks.
+An epoch is a sequence of views.  View v of N samples is the sample v % N in its variation v // N: the n-th time that the
+sampling gives a sample in an epoch, it is augmented in another way.  Without sampling options an epoch is one permutation
+of all ids.  Global batch k is its stretch [k B, (k + 1) B), whatever the number of ranks; a rank takes its contiguous part
+of that, in micro batches, so that the sequence of a global batch's micro batches is the same for every number of ranks.
+
+Views that ``last_batch: wrap`` takes again from the start of the epoch are the same views, augmented as before.  Only with
+a fixed share of labeled images are they new ones, because its sampling fills up the last batch itself.
 """
 
 from __future__ import annotations
@@ -30,11 +33,11 @@ class Order:
 
     Args:
         shard_sizes: samples per shard, int64 [S].
-        label: of every sample, int64 [N].
+        label: label of every sample, int64 [N].
         data: the sampling options.
-        seed: of the shuffling.
+        seed: seed of the shuffling.
         global_batch: samples per update, B.
-        weight: in a mixture, how often every sample comes per epoch, float64 [N].
+        weight: how often each sample of a mixture comes per epoch, float64 [N].
 
     Raises:
         ConfigError: options that this split or this global batch does not allow.
@@ -58,7 +61,7 @@ class Order:
         self.steps_per_epoch = steps_per_epoch(self.pass_size // self._repeats, self.per_batch, data.last_batch)
 
     def epoch(self, epoch: int) -> Ids:
-        """The views of an epoch in their order, int64; what its global batches do not reach serves as replacements."""
+        """The views of an epoch in their order, int64; its global batches may leave out the end (drop), or go past it (wrap)."""
         ids = self._sampling.epoch(epoch, self.steps_per_epoch)
         if self._repeats > 1:
             ids = _repeat(ids, self._images, self._repeats)
@@ -87,9 +90,12 @@ def _refuse_indivisible(global_batch: int, repeats: int) -> None:
         )
 
 
-def steps_per_epoch(samples: int, global_batch: int, last_batch: Literal["drop", "wrap"]) -> int:
-    """Global batches of an epoch: the incomplete last one is dropped, or filled up from the epoch's start."""
-    return samples // global_batch if last_batch == "drop" else -(-samples // global_batch)
+def steps_per_epoch(samples: int, per_batch: int, last_batch: Literal["drop", "wrap"]) -> int:
+    """Global batches of an epoch, each with ``per_batch`` of the samples.
+
+    The incomplete last one is dropped, or filled up from the epoch's start.
+    """
+    return samples // per_batch if last_batch == "drop" else -(-samples // per_batch)
 
 
 def batch_positions(samples: int, batch: int, global_batch: int) -> Ids:
@@ -113,10 +119,11 @@ def micro_batches(ids: _Array, size: int) -> list[_Array]:
 
 
 def replacements(order: Ids, position: int, labeled: NDArray[np.bool_]) -> Iterator[int]:
-    """Views that may stand in for the one at ``position``, best first: the following ones of the order, round its end.
+    """Views that may stand in for the one at ``position``, best first: the following ones of the order, wrapping round.
 
-    A sample with a label is replaced by one with a label, and one without by one without, so that the number of labeled
-    samples in a global batch is known beforehand.
+    They are normally images of the same global batch or of the next one, which then come twice.  A sample with a label is
+    replaced by one with a label, and one without by one without, so that the number of labeled samples in a global batch is
+    known beforehand.
     """
     sample = order[position] % len(labeled)
     for step in range(1, len(order)):
@@ -127,7 +134,7 @@ def replacements(order: Ids, position: int, labeled: NDArray[np.bool_]) -> Itera
 
 
 def _repeat(ids: Ids, images: int, repeats: int) -> Ids:
-    """Every ``images`` of the sequence ``repeats`` times in a row, so that the views of an image are far apart in the batch."""
+    """Repeat each block of ``images`` ids as a block (a b a b, not a a b b): the views of an image are far apart in the batch."""
     whole = len(ids) // images * images
     blocks = np.tile(ids[:whole].reshape(-1, images), repeats).reshape(-1)
     return np.concatenate([blocks, np.tile(ids[whole:], repeats)])

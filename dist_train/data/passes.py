@@ -16,19 +16,21 @@ from dist_train.data.rng import Purpose, random_bits
 Ids = NDArray[np.int64]
 
 EXTRA_PASSES = 1 << 40
-"""Number of the first pass that a fraction in a weight is taken from; far beyond the whole passes, whose order is another."""
+"""Number of the first pass that the fraction of a weight is taken from: far from the whole ones, so that the orders differ."""
 
 
-def epoch_order(shard_sizes: Ids, seed: int, epoch: int, window: int) -> Ids:
-    """The permutation of an epoch, int64 [N]: shards shuffled, then the samples of every ``window`` shards among themselves.
+def epoch_order(shard_sizes: Ids, seed: int, number: int, window: int) -> Ids:
+    """The permutation of a pass, int64 [N]: shards shuffled, then the samples of every ``window`` shards among themselves.
 
     Args:
         shard_sizes: samples per shard, int64 [S]; ids count through the shards in their order.
-        window: shards whose samples are shuffled together; from S on it is a permutation of everything.
+        seed: seed of the shuffling.
+        number: number of the pass; of a plain split, that of the epoch.
+        window: number of shards whose samples are shuffled together; from S on it is a permutation of everything.
     """
     ends = np.cumsum(shard_sizes)
     starts = ends - shard_sizes
-    shards = np.argsort(random_bits(seed, epoch, Purpose.SHARD_ORDER, np.arange(len(shard_sizes))))
+    shards = np.argsort(random_bits(seed, number, Purpose.SHARD_ORDER, np.arange(len(shard_sizes))))
     order = np.empty(int(ends[-1]), dtype=np.int64)
     filled = 0
     # A permutation of everything would read every shard at random places all epoch long: too slow from a disk or over
@@ -36,14 +38,14 @@ def epoch_order(shard_sizes: Ids, seed: int, epoch: int, window: int) -> Ids:
     for first in range(0, len(shards), window):
         ids = np.concatenate([np.arange(starts[shard], ends[shard]) for shard in shards[first : first + window]])
         # No two ids have the same bits, so that the result does not depend on the sorting algorithm.
-        order[filled : filled + len(ids)] = ids[np.argsort(random_bits(seed, epoch, Purpose.SAMPLE_ORDER, ids))]
+        order[filled : filled + len(ids)] = ids[np.argsort(random_bits(seed, number, Purpose.SAMPLE_ORDER, ids))]
         filled += len(ids)
     return order
 
 
 @dataclass(frozen=True)
 class Shuffling:
-    """What decides the order of a pass: the seed, and the shards whose samples are shuffled together."""
+    """What decides the order of a pass: the seed, and the number of shards whose samples are shuffled together."""
 
     seed: int
     window: int
@@ -54,10 +56,10 @@ class Stratum:
     """Samples of a split that are drawn together, in the way of stratified sampling.
 
     Args:
-        ids: of the samples, rising.
-        shard_sizes: how many of them each shard has.
-        shuffling: of every pass.
-        label: of the samples, where a pass takes all classes equally often; else it takes every sample once.
+        ids: ids of the samples, rising.
+        shard_sizes: number of these samples in each shard.
+        shuffling: seed and window of every pass.
+        label: labels of the samples, if a pass takes all classes equally often; without, it takes every sample once.
         weight: how often each sample comes per epoch.
     """
 
@@ -93,9 +95,10 @@ class Stratum:
         return interleave(rounds)
 
     def stretch(self, epoch: int, length: int, first_pass: int = 0) -> Ids:
-        """The ``length`` images that ``epoch`` takes of passes in a row, the first of them ``first_pass``.
+        """Concatenate passes from ``first_pass`` on; ``epoch`` takes [epoch * length, (epoch + 1) * length).
 
-        Each epoch goes on where the one before it ended, so that no image comes twice more than another.
+        Each epoch goes on where the one before it ended: without class balancing, the counts of any two images differ by at
+        most one.
         """
         # Computed from the number of the epoch alone: a resumed run needs no state of it.
         first, size = epoch * length, len(self.ids)
@@ -104,7 +107,7 @@ class Stratum:
         return passes[first % size : first % size + length]
 
     def of_epoch(self, epoch: int) -> list[Ids]:
-        """The whole passes that the weight gives an epoch, and what of one more makes up its fraction."""
+        """As many whole passes as the weight has whole, and for its fraction a stretch of a separate series of passes."""
         times = int(self.weight)
         whole = [self.one_pass(epoch * times + number) for number in range(times)]
         return [*whole, self.stretch(epoch, self.extra, EXTRA_PASSES)] if self.extra else whole
@@ -124,15 +127,15 @@ def interleave(parts: Sequence[Ids]) -> Ids:
 
 
 def _balanced_times(label: NDArray[np.int64], ids: Ids, seed: int, number: int) -> Ids:
-    """How often each sample comes in a pass of their number that draws all classes equally often, int64 [N]."""
+    """How often each sample comes in a pass of N draws, class-balanced, int64 [N]."""
     classes, member, count = np.unique(label, return_inverse=True, return_counts=True)
     wanted = np.full(len(classes), len(ids) // len(classes))
-    # N samples are rarely a multiple of K classes: N mod K classes, others in every pass, come once more.
+    # N samples are rarely a multiple of K classes: N mod K classes, drawn anew in every pass, come once more.
     one_more = np.argsort(random_bits(seed, number, Purpose.CLASS_REMAINDER, classes))[: len(ids) % len(classes)]
     wanted[one_more] += 1
-    # The rank of a sample in a random order of its class; the first of them make up the remainder of the class.
+    # The position of a sample in a random order of its class; the first of them make up the remainder of the class.
     by_class = np.lexsort((random_bits(seed, number, Purpose.CLASS_MEMBERS, ids), member))
-    rank = np.empty(len(ids), dtype=np.int64)
-    rank[by_class] = np.arange(len(ids)) - (np.cumsum(count) - count)[member[by_class]]
-    times: Ids = (wanted // count)[member] + (rank < (wanted % count)[member])
+    position = np.empty(len(ids), dtype=np.int64)
+    position[by_class] = np.arange(len(ids)) - (np.cumsum(count) - count)[member[by_class]]
+    times: Ids = (wanted // count)[member] + (position < (wanted % count)[member])
     return times

@@ -17,9 +17,9 @@ class Proportional:
     Without a mixture and without classes to balance that is one stratum, of every image once.
 
     Args:
-        strata: that an epoch goes through.
-        images: different images of a global batch.
-        epochs: that one pass is divided into.
+        strata: the strata of an epoch.
+        images: number of different images in a global batch.
+        epochs: number of epochs that one pass is divided into.
     """
 
     def __init__(self, strata: list[Stratum], images: int, epochs: int) -> None:
@@ -27,7 +27,7 @@ class Proportional:
         self.pass_size, self.per_batch = sum(stratum.size for stratum in strata), images
 
     def epoch(self, epoch: int, steps: int) -> Ids:
-        """The images of an epoch in their order; more than its ``steps`` take, the others serve as replacements."""
+        """The images of an epoch in their order: all that it has, whatever its number of ``steps``."""
         number, turn = divmod(epoch, self._epochs)
         ids = interleave([sequence for stratum in self._strata for sequence in stratum.of_epoch(number)])
         return _turn(ids, turn, self._epochs)
@@ -44,13 +44,14 @@ class Proportional:
 class FixedShare:
     """The same number of labeled images in every global batch, evenly spread in it.
 
-    An epoch is one pass over the stratum that lasts longer, the main one; the other starts over as often as needed and goes
-    on from epoch to epoch where it was, so that its images come equally often up to one.
+    An epoch is one pass over the stratum that lasts longer, the main one, cut or filled up to whole batches.  The other
+    starts over as often as needed and goes on from epoch to epoch where it was: without class balancing, the counts of any
+    two of its images differ by at most one.
 
     Args:
         labeled, unlabeled: the two strata.
-        per_batch: images of either in a global batch.
-        epochs: that one pass over the main stratum is divided into.
+        per_batch: number of different images of either in a global batch.
+        epochs: number of epochs that one pass over the main stratum is divided into.
     """
 
     def __init__(self, labeled: Stratum, unlabeled: Stratum, per_batch: tuple[int, int], epochs: int) -> None:
@@ -97,11 +98,11 @@ def sampling_of(
 
     Args:
         shard_sizes: samples per shard, int64 [S].
-        label: of every sample, int64 [N].
+        label: label of every sample, int64 [N].
         data: the sampling options.
-        seed: of the shuffling.
-        images: different images of a global batch.
-        weight: in a mixture, how often every sample comes per epoch, float64 [N].
+        seed: seed of the shuffling.
+        images: number of different images in a global batch.
+        weight: how often each sample of a mixture comes per epoch, float64 [N].
 
     Raises:
         ConfigError: options that this split, or a global batch of so many images, does not allow.
@@ -119,6 +120,7 @@ def sampling_of(
         (np.flatnonzero(label != UNLABELED), data.class_balanced),
         (np.flatnonzero(label == UNLABELED), False),  # without a class there is nothing to balance
     ):
+        # Shards without such images stay, and count in the window: leaving them out would change the order of known runs.
         sizes = np.bincount(shard[ids], minlength=len(shard_sizes))
         split.append(Stratum(ids, sizes, shuffling, label[ids] if balanced else None))
     labeled, unlabeled = split
@@ -159,8 +161,8 @@ def _labeled_and_unlabeled(label: NDArray[np.int64], data: DataConfig, images: i
 def _refuse_with_weights(data: DataConfig) -> None:
     if data.class_balanced or data.labeled_fraction is not None or data.repeated_augment > 1:
         raise ConfigError(
-            "data.train has weights, with which class_balanced, labeled_fraction and repeated_augment do not go; leave out "
-            "one or the other"
+            "data.train has weights, which cannot be combined with class_balanced, labeled_fraction or repeated_augment; "
+            "leave out one or the other"
         )
 
 

@@ -19,7 +19,7 @@ log = logging.getLogger("dist_train")
 
 @dataclass(frozen=True)
 class FaultReport:
-    """The head of ``faults/rankN.txt``: where a rank was.  The stacks of all its threads follow it."""
+    """The head of ``faults/rankN.txt``: where a rank was.  The stacks of all its threads follow."""
 
     rank: int
     step: int
@@ -85,7 +85,8 @@ def verdict(reports: dict[int, FaultReport], world_size: int) -> str:
         return "; ".join(f"rank {r.rank} failed at step {r.step} ({r.doing}): {r.error}" for r in failed)
     silent = [str(rank) for rank in range(world_size) if rank not in reports]
     if silent:
-        return f"rank {', '.join(silent)} left no report: killed from outside, stopped, or out of memory"
+        ranks = "ranks" if len(silent) > 1 else "rank"
+        return f"{ranks} {', '.join(silent)} left no report: killed from outside, stopped, or out of memory"
     # Ranks meet in every collective, so the one that hangs is behind, and the others wait for it in the next collective.
     place = {rank: (report.batch, report.phase) for rank, report in reports.items()}
     last = min(place.values())
@@ -94,7 +95,8 @@ def verdict(reports: dict[int, FaultReport], world_size: int) -> str:
         return f"all ranks hang at step {behind[0].step} ({behind[0].doing})"
     names = "; ".join(f"rank {r.rank} hangs at step {r.step} ({r.doing}, for {r.seconds:.0f} s)" for r in behind)
     others = sorted({report.doing for rank, report in reports.items() if place[rank] != last})
-    return f"{names}; the others wait for it ({', '.join(others)})"
+    them = "them" if len(behind) > 1 else "it"
+    return f"{names}; the others wait for {them} ({', '.join(others)})"
 
 
 def exit_code_for(error: Exception | None) -> int:

@@ -21,10 +21,10 @@ class Heartbeat:
 
     One for each, because the store is one process: in a run of a thousand ranks, all of them watching all would keep it
     busy.  Who notices writes a report, which the others see; where a whole host is gone, the rank before it notices.
-    It has a thread of its own, which waits for ever where the store's process is stopped.
+    It has a thread of its own, which waits forever where the store's process is stopped.
 
     Args:
-        store: that all ranks see; it gets a connection of its own, since others wait on theirs for long.
+        store: store that all ranks see; the heartbeat gets a connection of its own, since others wait on theirs for long.
         rank, world_size: this process, and how many there are.
     """
 

@@ -1,4 +1,4 @@
-"""The watchdog of a rank: when one rank hangs or dies, every rank writes a report and the run ends."""
+"""The watchdog of a rank: when one rank hangs or dies, every rank that still can writes a report, and the run ends."""
 
 from __future__ import annotations
 
@@ -35,10 +35,17 @@ class Watchdog:
     """Watches one rank from a thread of its own; a context manager.
 
     ``step`` and ``phase`` are a few assignments, made all over the training loop.  The thread looks at them once a
-    second: a phase that takes too long, or a report of another rank, ends this rank as well, with its own report.
+    second: a phase that takes too long, a report of another rank, or silence of the next rank's heartbeat ends this rank as
+    well, with its own report.
 
-    A rank ends in one of three ways: without an error; by an exception of its own (:meth:`fail`), which it reports before
-    the exception goes its way; or from the thread (:meth:`_end_process`), because it hangs or another rank has ended.
+    A rank ends in one of these ways:
+
+    - without an error;
+    - by an exception of its own, which :meth:`fail` reports first.  It reports none in a run of one rank, nor a user error
+      that all ranks know.  If rank 0 has failed alike, the rank exits silently; if it cannot leave the process group, a timer
+      ends it;
+    - by :meth:`_end_process`, because it hangs or another rank has ended;
+    - by faulthandler, where it hangs and the thread is stuck as well.
     """
 
     def __init__(self, faults: FaultConfig, folder: Path, rank: int, world_size: int) -> None:
@@ -52,16 +59,15 @@ class Watchdog:
         self._start = {"imports": _seconds_of_imports()}
         self._limit = 60 * faults.first_step_minutes
         self.at_end: Callable[[], None] | None = None
-        """What remains to be done, briefly, before the watchdog ends the process."""
+        """Last action before the watchdog ends the process; it must be brief."""
         self._heartbeat: Heartbeat | None = None
         self._stop = threading.Event()
         self._ending = threading.Lock()
-        """The main thread fails, or the watching thread ends the process: one of them, with one exit code."""
+        """Held by whichever thread ends the process, the main one or the watching one, so that there is one exit code."""
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        # Every rank removes its report of an earlier start before the process group is made: what exists afterwards is
-        # new.
+        # Every rank removes its report of an earlier start before the process group is made: what exists afterwards is new.
         self.reports.path(self.rank).unlink(missing_ok=True)
         self._thread.start()
         return self
@@ -76,9 +82,13 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def step(self, step: int, batch: int) -> None:
-        """Note that a global batch is done; from the first one on, ``faults.timeout_minutes`` holds."""
+        """Note that a global batch is done.
+
+        A phase may take ``faults.first_step_minutes`` up to the first one, and ``faults.timeout_minutes`` from then on.
+        """
         if self._batch == 0:
-            self.phase("first step")
+            # Ends the last phase of the start, which is summed up here.
+            self.phase("after the first step")
             parts = ", ".join(f"{doing} {seconds:.2f} s" for doing, seconds in self._start.items() if seconds > 0.005)
             log.info("first step after %.2f s: %s", sum(self._start.values()), parts)
         self._steps, self._batch, self._phases = step, batch, 0
@@ -100,8 +110,12 @@ class Watchdog:
             self._heartbeat = Heartbeat(store, self.rank, self.world_size)
 
     def fail(self, error: Exception) -> None:
-        """Report the exception of this rank; does not return where it only follows from the end of another one."""
-        # What all ranks find out together, each of them says or is silent about by itself.
+        """Report the exception of this rank; then it goes its way.
+
+        Does not return where the exception only follows from the end of another rank (unless this process is ending
+        already), nor where rank 0 has failed alike: the process ends here.
+        """
+        # A user error that all ranks find is printed by the command line; no report is needed.
         known_to_all = isinstance(error, UserError) and (error.on_all_ranks or not self._joined)
         if self.world_size == 1 or self._stop.is_set() or known_to_all:
             return
@@ -146,25 +160,27 @@ class Watchdog:
         return self._heartbeat is not None and self._heartbeat.is_next_silent
 
     def _end_process(self) -> None:
-        """Report, say who is to blame when the other reports are there, and leave without waiting for anybody.
+        """Report, say who is to blame when the other reports are there, and leave without waiting for the process group.
 
+        Takes a few seconds, for the reports of the others, and those of ``at_end``.
         Returns only where the exception of this rank is ending the process already.
         """
         with self._ending:
             if self._stop.is_set():
                 return
-            # First of all, since the others end when they see it, and wait for it.
+            # The report comes first: the others end when they see it, and wait for it.
             self.reports.write(self._report(None), None)
             reports = self._wait_for_reports()
             failed = [report.exit_code for report in reports.values() if report.error]
             if failed:
-                time.sleep(GRACE_SECONDS / 2)  # its own traceback first
+                # The failed rank prints its traceback first.
+                time.sleep(GRACE_SECONDS / 2)
             # A mistake that the user can fix is said by the rank that found it, in a line of its own.
             if USER_ERROR not in failed:
                 self._blame(reports)
             if self.at_end:
                 self.at_end()
-            # os._exit flushes nothing.  sys.exit would end this thread alone, and the main one may hang for ever.
+            # os._exit flushes nothing.  sys.exit would end this thread alone, and the main one may hang forever.
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
@@ -215,7 +231,10 @@ def _seconds_of_imports() -> float:
 
 
 def _peer_is_gone(error: Exception) -> bool:
-    """Whether an exception of a collective says that another rank has closed its connection, or timed out."""
+    """Whether an exception says that another rank has closed its connection, or timed out.
+
+    Any DistError counts, and any RuntimeError with "gloo" in its text.
+    """
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -24,7 +24,7 @@ from dist_train.loss.teachers import last_teacher_mixture, teacher_matrix, with_
 MAX_EXITS = 16
 TEMPERATURES = (1e-3, 1e3)
 """Bounds of anneal where none are given.  Of two classes the surer one never has less than 0.5, so that by the default threshold
-the temperature would rise for ever, and float32 would keep nothing of the differences between logits.
+the temperature would rise forever, and float32 would keep nothing of the differences between logits.
 """
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,14 +55,16 @@ class ExitDistillation(nn.Module):
         weight * mean over m of  (1 - alpha) * label_weights[m]   *         1/labeled * sum_n CE(y_n, p_mn)
                                +    alpha    * distill_weights[m] * T_m^2 *      1/N  * sum_n sum_t W_mt * D(q_tn, q_mn)
 
-    with p the softmax of an exit's logits, q their softmax at the exit's temperature T, D the cross-entropy or the
-    Kullback-Leibler divergence, and W the teacher matrix; what teaches is a constant.  With the reduction ``sum`` the mean
-    over exits is a sum.  The paper's objective (section 3) is alpha 1/2, weight 2, W_mt = 1/|T(m)| for the teachers T(m)
-    of exit m.  With ``outside_teachers``, T(m) has these as well.  For the form ``dkd`` of D see :mod:`dist_train.loss.decoupled`.
+    with p the softmax of an exit's logits, q their softmax at a temperature, of which each exit m has its own, T_m; D the
+    cross-entropy or the Kullback-Leibler divergence, and W the teacher matrix; teachers get no gradient.  With the reduction
+    ``sum`` the mean over exits is a sum.  The paper's objective (section 3) is alpha 1/2, weight 2, W_mt = 1/|S(m)| for the
+    set S(m) of the teachers of exit m.  With ``outside_teachers``, S(m) has these as well.  For the form ``dkd`` of D see
+    :mod:`dist_train.loss.decoupled`.
 
     :meth:`use_last_exit_alone` is for the stage of a regime in which the other exits do not train.
 
-    State: ``temperature`` [M] float32, and ``step``, the number of calls of :meth:`end_batch`.
+    State: ``temperature`` [M] float32, and ``step``, the number of calls of :meth:`end_batch`, without those while the last
+    exit trains alone.
 
     With the teachers ``best`` and ``better`` the label losses that decide are those of the micro batch on this rank, and
     finding them costs a second pass over the logits; without labels ``best`` is ``last`` and ``better`` is ``later``.
@@ -187,7 +189,7 @@ class ExitDistillation(nn.Module):
         apart: Tensor | None = None
         if self.config.distill_loss == "dkd":
             apart = decoupled_loss(logits, given, exits, options.rule, self.config.dkd_weights)
-            # The statistics still have the whole divergence.
+            # The statistics still report the whole divergence.
             exits = exits._replace(distill_weights=exits.distill_weights * 0)
         loss, vector, _ = exit_loss(logits, given, exits, options)
         stats = ExitStats(vector.detach(), len(logits)).of_exits(self.num_exits)
@@ -199,7 +201,7 @@ class ExitDistillation(nn.Module):
         return with_outside(matrix, outside, self.config.outside_share) if outside else matrix
 
     def _exit_weights(self, label_count: Tensor, passes: int, rows: int) -> ExitWeights:
-        """What weighs the terms of the rows of logits: the exits, or these and the outside teachers."""
+        """Weights for the operator; its rows are the exits, then any outside teachers."""
         alone = self._last_exit_alone
         label_weights = self.last_exit if alone else self.label_weights
         distill_weights = self.distill_weights * 0 if alone else self.distill_weights
@@ -235,14 +237,16 @@ class ExitDistillation(nn.Module):
 
     @torch.no_grad()
     def end_batch(self, totals: Tensor | tuple[Tensor, Tensor]) -> None:
-        """Move the temperature, once per global batch and after its update; waits for nothing on the device.
+        """Move the temperature; waits for nothing on the device.
+
+        To be called once per global batch, after its update, and not if the update was skipped.
 
         The rule ``anneal`` is the authors': a mean confidence, measured at the temperature of this batch, above
         ``anneal_threshold`` multiplies the temperature by ``anneal_factor``.
 
         Args:
             totals: ``[stats.confidence, stats.samples]``, summed over passes and ranks (with torch.distributed:
-                ``dist.all_reduce(totals)``); looked at only where :attr:`needs_confidence` says so.
+                ``dist.all_reduce(totals)``); read only if :attr:`needs_confidence`.
         """
         if self._last_exit_alone:
             return

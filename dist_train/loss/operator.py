@@ -98,7 +98,7 @@ class _ExitLoss(torch.autograd.Function):
         loss, vector, grads = _below_autograd(logits, *constants)
         ctx.save_for_backward(grads)
         ctx.mark_non_differentiable(vector, grads)
-        # Or autograd would fill zeros as large as all logits, for the gradient of the third output.
+        # Otherwise autograd allocates a zero tensor as large as all logits for the unused output.
         ctx.set_materialize_grads(False)
         return loss, vector, grads
 
@@ -108,8 +108,8 @@ class _ExitLoss(torch.autograd.Function):
         if loss is None:
             return None, *[None] * len(grads)
         factor = loss / grad_scale(grads.dtype, grads.shape[1])
-        # The gradient is given away as it is, which saves writing it again, unless a second backward pass is to come;
-        # what the compiler traces must not change in place.
+        # The gradient is scaled in place and handed over without a copy, unless another backward pass needs it; under
+        # torch.compile nothing may change in place.
         if torch._C._autograd._get_current_graph_task_keep_graph() or type(grads) is not Tensor:
             return None, *(grads * factor).unbind(0)
         if grads.is_cuda:

@@ -1,4 +1,8 @@
-"""The search for thresholds on one set of images: coordinate ascent on a Lagrangian relaxation of accuracy within a cost."""
+"""The search for thresholds on one set of images: coordinate ascent on a Lagrangian relaxation of accuracy within a cost.
+
+:meth:`Search.within`, :meth:`Search.settle` and the objective :func:`_within` serve ``budget.optimal`` only, and
+:meth:`Search.curve` the other ways of fitting; the rest serves both.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ ALWAYS = -1.0
 """Threshold at which every image exits: below every confidence."""
 MAX_ROUNDS = 20
 MULTIPLIERS = 24
-"""Lagrange multipliers, accuracy for cost, for which thresholds are sought."""
+"""Number of Lagrange multipliers, prices of cost in hits, for which thresholds are sought."""
 
 
 class Candidate(NamedTuple):
@@ -35,22 +39,23 @@ class Candidate(NamedTuple):
 
 
 Objective = Callable[[Floats, Floats], Floats]
-"""Value of (hits, spent), elementwise; -inf where it is not allowed."""
+"""Value of (hits, spent), elementwise; -inf where that cost is not allowed."""
 
 
 class Search:
     """Thresholds for one set of images.
 
     Args:
-        scores: confidence, float32 [N, M].
-        correct: what counts at each exit (its prediction is correct, or that of the last exit), bool [N, M].
-        costs: of an image that exits there, float64 [M], rising.
+        scores: confidence at each exit, float32 [N, M].
+        correct: whether stopping there is a hit, bool [N, M]: the prediction equals the label or, for some risks, the last
+            exit's prediction.
+        costs: cost of an image that stops there, float64 [M], rising.
     """
 
     def __init__(self, scores: Scores, correct: Flags, costs: Floats) -> None:
         self.scores, self.correct, self.costs = scores, correct, costs
         self.images, self.exits = scores.shape
-        # By exit, so that a column is contiguous; and each once more from the most to the least confident image.
+        # One row per exit is contiguous; the sorted rows go from the most to the least confident image.
         self._scores = np.ascontiguousarray(scores.T)
         self._correct = np.ascontiguousarray(correct.T).astype(np.float64)
         self._order = [np.argsort(-column, kind="stable") for column in self._scores]
@@ -58,12 +63,12 @@ class Search:
         self._sorted_correct = [column[order] for column, order in zip(self._correct, self._order)]
 
     def path(self, multipliers: int = MULTIPLIERS) -> list[Candidate]:
-        """The best thresholds found for each Lagrange multiplier, from all images at the first exit and back from none."""
+        """Best thresholds per multiplier, sweeping the price down from 'all at the first exit' and up from 'all at the last'."""
         span = float(self.costs[-1] - self.costs[0]) or 1.0
-        # Hits that the way of one image from the first exit to the last has to bring: from more than it can to next to none.
+        # Price of cost: hits that moving one image from the first to the last exit must gain, 30 (never) to 0.003.
         prices = np.geomspace(30, 0.003, multipliers) / span
         found = []
-        # From both ends, because each step starts from the one before and may stay in a local optimum.
+        # Two sweeps, because each step starts from the one before and may stay in a local optimum.
         for current, order in ((self.candidate(self.early), prices), (self.candidate(self.late), prices[::-1])):
             for price in order:
                 current = self.climb(current, _lagrangian(float(price)))
@@ -71,10 +76,10 @@ class Search:
         return found
 
     def curve(self, points: int) -> Scores:
-        """Thresholds on the way from all images at the first exit to all at the last one, float32 [points, M].
+        """Thresholds from 'all exit first' to 'all exit last' at evenly spaced costs, float32 [points, M].
 
-        They are those of the Lagrange multipliers and, between two of them, of the share of images above each exit's
-        threshold in between; the points are evenly far apart in the cost that this way has, from the cheapest on.
+        They are the candidates of :meth:`path` and, between two neighbours, a linear interpolation over the cost of how many
+        images reach each threshold.
         """
         knots = sorted((self.candidate(self.early), *self.path(), self.candidate(self.late)), key=lambda c: c.spent)
         knots = [knot for knot, after in pairwise(knots) if knot.spent < after.spent] + [knots[-1]]
@@ -96,8 +101,8 @@ class Search:
     def within(self, budgets: Sequence[float], start_points: Iterable[Scores]) -> list[Scores]:
         """The thresholds of the highest accuracy that is found within each average cost, float32 [M] each.
 
-        Coordinate ascent starts from the best of the path and the ``start_points`` within a budget, and from the cheapest
-        above it; so the accuracy is never below theirs, and never falls from a budget to a larger one.
+        Coordinate ascent starts from the best of :meth:`path` and the ``start_points`` within a budget, and from the cheapest
+        above it; so the accuracy is never below that of those within the budget, and never falls from a budget to a larger one.
         """
         edges = (self.early, self.late)
         pool = [self.candidate(thresholds) for thresholds in (*start_points, *edges)] + self.path()
@@ -129,7 +134,7 @@ class Search:
         return late
 
     def climb(self, start: Candidate, objective: Objective) -> Candidate:
-        """Coordinate ascent: move one exit's threshold to its best value after another, until none gets better."""
+        """Coordinate ascent: set one threshold after another to its best value, until a round gains nothing; at most MAX_ROUNDS."""
         best, value = start, float(objective(np.float64(start.hits), np.float64(start.spent)))
         for _ in range(MAX_ROUNDS):
             before = value
@@ -139,7 +144,7 @@ class Search:
         return best
 
     def _round(self, best: Candidate, value: float, objective: Objective) -> tuple[Candidate, float]:
-        """From the last exit to the first, so that what an image gains by going on is updated exit by exit."""
+        """One round, from the last exit to the first, so that what an image gains by going on is updated exit by exit."""
         thresholds = best.thresholds.copy()
         reached = [np.ones(self.images, dtype=np.bool_)]
         for k in range(self.exits - 2):
@@ -158,9 +163,9 @@ class Search:
             all_hits = gained + (hits - gained[exiting])
             all_spent = saved + (spent - saved[exiting])
             values = objective(all_hits, all_spent)
-            values[1:-1][np.diff(confidences) == 0] = -np.inf  # images that tie are not parted
+            values[1:-1][np.diff(confidences) == 0] = -np.inf  # images that tie must not be split
             index = int(values.argmax())
-            # By more than rounding, or the rounds would not end.
+            # A gain must exceed rounding errors, or the rounds would not end.
             if values[index] > value + 1e-9:
                 thresholds[k] = _midpoint(confidences, index)
                 hits, spent, value = float(all_hits[index]), float(all_spent[index]), float(values[index])
@@ -170,7 +175,7 @@ class Search:
         return Candidate(thresholds, hits, spent), value
 
     def settle(self, thresholds: Scores) -> Scores:
-        """The same decisions by thresholds that are halfway between two confidences."""
+        """Thresholds that decide the same and are halfway between two confidences."""
         moved: Scores = thresholds.copy()
         waiting = np.ones(self.images, dtype=np.bool_)
         for k in range(self.exits - 1):

@@ -40,7 +40,7 @@ log = logging.getLogger("dist_train")
 KEY = "dist_train.key"
 """Tag with a run folder's own key, by which its MLflow run is found again if the answer to its creation was lost."""
 CHANGED = "changed."
-"""Begins the tags of fields that a later start has changed: MLflow's parameters are for ever."""
+"""Begins the tags of fields that a later start has changed: MLflow's parameters are forever."""
 
 BYTES_PER_READ = 1 << 20
 
@@ -178,7 +178,7 @@ class Mirror:
         return str(run.info.run_id)
 
     def _describe(self, client: Any, run_id: str, first: bool) -> None:
-        """Log the settings.  MLflow keeps the first value of a parameter for ever: what changes later is a tag beside it."""
+        """Log the settings.  MLflow keeps the first value of a parameter forever: what changes later is a tag beside it."""
         fields = flat_fields(self.config)
         if not first:
             data = client.get_run(run_id).data

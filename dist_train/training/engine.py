@@ -1,4 +1,7 @@
-"""The only file that knows DeepSpeed: ZeRO, mixed precision and accumulation around a multi-exit network."""
+"""The network under DeepSpeed: ZeRO, mixed precision and accumulation around a multi-exit network.
+
+DeepSpeed's settings and our patches of it are in :mod:`dist_train.training.zero`, its launcher is run by ``launch/node.py``.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class Engine:
         self._parts = exit_parts(model) if config.model.regime != "joint" else {}
         optimizer = build_optimizer(model, config.optim, self._parts)
         rule = config.optim.exit_gradients
-        # While the parameters are whole and the network is not compiled.
+        # The exits are found here, while the parameters are whole and the network is not compiled.
         exits = exits_behind(model, config.data.image_size) if rule in ("equilibrium", "pcgrad") else {}
         self._balances_coarsest = rule == "equilibrium_coarsest"
         self.loss_scale = LossScale() if config.train.precision == "fp16" else None
@@ -61,10 +64,14 @@ class Engine:
         if self.stage in (1, 2):
             wait_once_per_update(self._deepspeed.optimizer, config.optim.max_grad_norm, self._scale)
         if self.stage == 3:
-            # DeepSpeed reads it in every forward pass.  Alone it makes no process that this one starts take itself for a rank.
+            # DeepSpeed reads it in every forward pass.  Without RANK it does not make child processes think they are ranks.
             os.environ.setdefault("LOCAL_RANK", str(group.ranks.local_rank))
         self.model = model
         self._names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._partitioned: dict[str, Any] = {
+            name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if hasattr(tensor, "ds_tensor")
+        }
+        """The weights that stage 3 partitions over the ranks."""
         self._statistics = RunningStatistics(model)
         self._trained = ALL
         if rule == "equilibrium":
@@ -97,12 +104,13 @@ class Engine:
                 module.training = part_of(name, self._parts) in trained
         for name, parameter in self._names.items():
             part = part_of(name, self._parts)
-            # What a part had gathered while it trained would go on moving it.
+            # The momentum that a part gathered while it trained would go on moving it.
             if part in self._trained - trained:
                 for key in state_names(self.config.optim):
                     self._set_state(parameter, key, torch.zeros_like(self._get_state(parameter, key)))
             parameter.requires_grad_(part in trained)
-        # AdamW counted while a part was frozen: without its correction the first updates would be several times too large.
+        # AdamW's step count ran on while the part was frozen.  With a large count there is no bias correction, so the first
+        # updates would be several times too large.
         self._set_updates(dict.fromkeys(trained - self._trained, 0))
         for optimizer in (self._deepspeed.optimizer, self._deepspeed.basic_optimizer):
             for group in optimizer.param_groups:
@@ -127,7 +135,7 @@ class Engine:
         if self.loss_scale is not None and self.stage == 0:
             loss = loss * self.loss_scale.value
         elif self.loss_scale is not None:
-            # ZeRO scales the loss by it, and norm and clipping by its inverse.
+            # ZeRO scales the loss by this value, and norm and clipping by its inverse.
             self._deepspeed.optimizer.override_loss_scale(self.loss_scale.value)
         if self.projected_gradients is not None:
             self.projected_gradients.backward(loss)
@@ -186,7 +194,7 @@ class Engine:
             return None
         weights = {name: self._whole_average(name).clone() for name in self.averages.tensors}
         average_buffers(self.model, weights, self.group)
-        # Integer buffers are not averaged: those of the network.
+        # Integer buffers have no average: they are the network's own.
         return weights | {n: b.detach().clone() for n, b in self.model.named_buffers() if n not in weights}
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
@@ -234,17 +242,16 @@ class Engine:
         """Load averaged weights and the number of updates behind them."""
         assert self.averages is not None
         for name, tensor in self.averages.tensors.items():
-            tensor.copy_(self._own_part(weights[name], tensor) if name in self._partitioned else weights[name])
+            tensor.copy_(self._own_partition(weights[name], tensor) if name in self._partitioned else weights[name])
         self.averages.updates = updates
 
     def _scale(self) -> float:
-        """What the loss is multiplied with now."""
+        """The factor by which the loss is multiplied now."""
         return self.loss_scale.value if self.loss_scale is not None else 1.0
 
     def _averaged_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors behind the weights and buffers, by name; at stage 3 this rank's partitions of the weights."""
         tensors = self.model.state_dict(keep_vars=True)
-        self._partitioned = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "ds_tensor")}
         return {name: getattr(tensor, "ds_tensor", tensor) for name, tensor in tensors.items()}
 
     def _whole_average(self, name: str) -> torch.Tensor:
@@ -257,16 +264,16 @@ class Engine:
         self.group.gather_flat(whole, tensor)
         return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
-    def _own_part(self, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """What this rank has of a tensor at stage 3; the last partition is padded."""
-        padded = part.new_zeros(part.numel() * self.group.ranks.world_size)
+    def _own_partition(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """This rank's partition of a tensor at stage 3, of the size of ``like``; the last partition is padded."""
+        padded = like.new_zeros(like.numel() * self.group.ranks.world_size)
         padded[: whole.numel()] = whole.flatten()
-        start = part.numel() * self.group.ranks.rank
-        return padded[start : start + part.numel()]
+        start = like.numel() * self.group.ranks.rank
+        return padded[start : start + like.numel()]
 
     def _plain_update(self) -> Update:
         if self._trained != ALL:
-            # As at the other stages, where a frozen parameter takes part with a gradient of zero.
+            # The other stages do the same: a frozen parameter takes part with a gradient of zero.
             for parameter in self._names.values():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -332,7 +339,8 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         trains = parameter.requires_grad
-        parameter.requires_grad_()  # at stage 3 DeepSpeed gives no state of a frozen parameter
+        # At stage 3 DeepSpeed gives no state of a frozen parameter.
+        parameter.requires_grad_()
         try:
             return cast(torch.Tensor, safe_get_full_optimizer_state(parameter, key))
         finally:
@@ -352,8 +360,8 @@ class Engine:
             safe_set_full_optimizer_state(parameter, value, key)
             return
         # DeepSpeed's full setter fails for a parameter whose size the ranks do not divide: the last partition is padded.
-        part = self._own_part(value, safe_get_local_optimizer_state(parameter, key))
-        safe_set_local_optimizer_state(parameter, part, key)
+        partition = self._own_partition(value, safe_get_local_optimizer_state(parameter, key))
+        safe_set_local_optimizer_state(parameter, partition, key)
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, stage: int, group: Group) -> Any:
@@ -371,7 +379,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Conf
         deepspeed.ops.__compatible_ops__ = {}
         with launcher_variables(group.ranks):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    # torch's loss scale, which DeepSpeed takes for fp16, is unscaled nowhere at ZeRO 1 and 2: loss_scale takes its place.
+    # DeepSpeed would use torch's GradScaler for fp16, but never unscales at ZeRO 1 and 2; LossScale replaces it.
     engine.torch_autocast_z0_gradscaler = None
     if stage:
         engine.optimizer.torch_autocast_gradscaler = None

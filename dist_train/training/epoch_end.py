@@ -31,17 +31,17 @@ class EpochEnd:
         self.engine, self.validator = engine, validator
         self.checkpointer, self.run_folder = checkpointer, run_folder
         self.validation: Validation | None = None
-        """The last one of this start."""
+        """The last validation of this start."""
 
     def run(self, progress: Progress, save_is_due: bool) -> bool:
         """Do what is due after the last batch of an epoch; true if the run was asked to stop before that was done.
 
-        The same end of an epoch may come twice: once before a stop, and again in the start that resumes there.  What the
-        first one had finished, the progress and the files say, and it is not repeated.
+        The same end of an epoch may come twice: once before a stop, and again in the start that resumes there.  Progress and
+        files record what is done; it is not repeated.
 
         Args:
-            progress: after that batch; notes the validation and whether it is the best one.
-            save_is_due: a checkpoint was due with that batch and has waited for the validation, whose result it keeps.
+            progress: the progress after that batch; the validation is noted in it, and whether it is the best one.
+            save_is_due: whether a checkpoint was due with that batch; it has waited for the validation, whose result it keeps.
         """
         epoch, finished = self.schedule.epochs_begun(progress), self.schedule.at_end(progress)
         is_best, best_before = False, (progress.best_score, progress.best_step)
@@ -53,12 +53,12 @@ class EpochEnd:
                 return True
             is_best = _note(progress, self.validation)
             self.run_folder.log_validation(progress, epoch, self.validation, is_best)
-        # Before the last checkpoint: where that says that the run is finished, the report is there.
+        # The report comes first: a checkpoint that says finished implies a report.
         if finished:
             self._report(progress)
         due = is_best or finished or save_is_due or self.checkpointer.due_by_epochs(epoch)
         if due and not self.checkpointer.save(progress, finished=finished, last=finished) and is_best:
-            # The best checkpoint is one that is there: the next validation is compared with the one before again.
+            # The save failed, so this validation must not become the best: restore the earlier one.
             progress.best_score, progress.best_step = best_before
         return False
 
@@ -73,12 +73,12 @@ class EpochEnd:
         self.run_folder.write_report(progress, self.validation)
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """The weights that a validation is of: the moving average where one is kept."""
+        """The weights to validate: the moving average where one is kept."""
         return self.engine.averaged_weights() or self.engine.weights()
 
 
 def _note(progress: Progress, validation: Validation) -> bool:
-    """Take a validation into the progress; whether it is the best one so far."""
+    """Note a validation in the progress; returns whether it is the best one so far."""
     progress.evaluated = progress.batch
     best = progress.best_score is None or validation.mean_top1 > progress.best_score
     if best:

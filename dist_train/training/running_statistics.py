@@ -1,4 +1,4 @@
-"""The running statistics of batch norms: taken back with a step that is skipped, averaged over the ranks."""
+"""The running statistics of norm layers: taken back with a step that is skipped, averaged over the ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dist_train.distributed.group import Group
 
 
 class RunningStatistics:
-    """Those of all batch norms of a network, and a copy of them as they were before the current global batch.
+    """The running statistics of a network's batch and instance norms, and a copy from before the current global batch.
 
-    Batch norms take part in every forward pass.  A value that is not finite would stay in their statistics for ever, and not
-    show in training, which does not use them.
+    These layers take part in every forward pass.  A value that is not finite would stay in their statistics forever, and
+    would not show in training, which does not use them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,18 +25,21 @@ class RunningStatistics:
         self._before = [buffer.clone() for buffer in self._now]
 
     def keep(self) -> None:
-        """Keep them as they are: the next global batch begins from them."""
+        """Keep the statistics as they are: the next global batch begins from them."""
         if self._now:
             torch._foreach_copy_(self._before, self._now)
 
     def take_back(self) -> None:
-        """Go back to those before the global batch, whose update was not applied."""
+        """Go back to the statistics before the global batch, whose update was not applied."""
         if self._now:
             torch._foreach_copy_(self._now, self._before)
 
 
 def average_buffers(model: nn.Module, weights: dict[str, torch.Tensor], group: Group) -> None:
-    """Average a network's buffers in ``weights`` over the ranks, in place: each rank's batch norms saw its images alone."""
+    """Average a network's floating-point buffers in ``weights`` over the ranks, in place.
+
+    Each rank's norm layers saw its images alone.  All ranks must call.
+    """
     # Integer buffers, such as batch norm's counter, are the same on all ranks.
     names = [n for n, _ in model.named_buffers() if n in weights and weights[n].is_floating_point()]
     if not names or group.ranks.world_size == 1:

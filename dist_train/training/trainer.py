@@ -55,7 +55,7 @@ class Trainer:
         loader = Loader.of_run(config, ready.val, group, split=config.data.val)
         self.validator = Validator(copy.deepcopy(ready.model), loader, group, self.criterion, config.train.precision)
         group.phase("DeepSpeed")
-        # A copy as long as ZeRO has not changed the network.
+        # Copied before ZeRO partitions the parameters.
         averaged = copy.deepcopy(ready.model) if AVERAGED in config.loss.outside_teachers else None
         self.engine = Engine(ready.model, config, group)
         if averaged is not None and self.engine.averages is not None:
@@ -79,7 +79,7 @@ class Trainer:
         self.loader = Loader.of_run(config, ready.train, group)
         self.checkpointer.attach(self.loader.bad)
         self.run_folder = RunFolder(config, ready, group, self.schedule.batches)
-        # A run that resumes from a checkpoint measures nothing again of what lies before it.
+        # Metrics up to a checkpoint must be on disk before it: a resumed run does not measure them again.
         self.checkpointer.before_writing = self.run_folder.flush
         order = self.loader.order.summary() if self.loader.order else None
         slow = emulation_warning(config.train.precision, group.device.type)
@@ -117,7 +117,7 @@ class Trainer:
                     if stopped or self.schedule.at_end(self.progress):
                         break
                     stopped = self._train_epoch()
-            # Stopped is not ended, to MLflow: the next start goes on in the same run.
+            # After a stop the run stays RUNNING in MLflow: the next start continues it.
             status = "RUNNING" if stopped else "FINISHED"
             return self._close(finished=not stopped)
         except KeyboardInterrupt:
@@ -131,7 +131,7 @@ class Trainer:
             self.close(status)
 
     def close(self, status: str) -> None:
-        """Stop reading, and end the run in MLflow with a status."""
+        """Stop reading, and set MLflow's status of the run; after a stop that is RUNNING, since the next start continues it."""
         self.loader.close()
         self.validator.loader.close()
         self.run_folder.close(status)
@@ -152,11 +152,11 @@ class Trainer:
     def step(self, batch: GlobalBatch) -> bool:
         """Train on one global batch, log and save where that is due; true if the run must stop now."""
         confidence, loss = self._accumulate(batch)
-        # A signal reaches the ranks at different steps: they agree, so that all of them save after the same one.  On a GPU
-        # they do while it is still busy with what was queued, and the update waits for it.
+        # A signal reaches the ranks at different steps: they agree, so that all of them save after the same one.  The vote
+        # starts here and is read after the update, so it overlaps GPU work.
         finish_vote = self.group.vote(self.requests.reason is not None, self.checkpointer.due_by_time)
         self._update(confidence, loss)
-        # The last steps, too: a run of fewer than log_every would say nothing about its training.
+        # The last steps are logged too: a run of fewer than log_every steps would say nothing about its training.
         if self.progress.batch % self.config.tracking.log_every == 0 or self.schedule.at_end(self.progress):
             self._log_training()
         stop, due_by_time = finish_vote()
@@ -170,12 +170,12 @@ class Trainer:
         """Forward and backward over this rank's micro batches: the gradient, averaged over all of them and the ranks.
 
         Returns:
-            for the temperature, the sum of the teacher's confidence and the number of images; and the loss of this rank.
+            [sum of the teacher's confidence, number of images], for the temperature; and the loss of this rank.
         """
         steps, device = self.ready.accumulation_steps, self.group.device
         # Averaged over ranks and micro batches, label terms divided by this give the mean over the labeled images.
         labeled = max(1, batch.labeled) / (self.group.ranks.world_size * steps)
-        # They stay on the device: reading one here would wait for all that is queued, in every micro batch.
+        # Both sums stay on the device: reading one here would wait for all that is queued, in every micro batch.
         confidence, total = torch.zeros(2, device=device), torch.zeros((), device=device)
         for number, micro in enumerate(self.clock.waiting_for(batch), start=1):
             with self.clock.computing():
@@ -184,7 +184,7 @@ class Trainer:
                 outside = self.outside_teachers.logits(micro.images, logits[0].dtype) if taught else ()
                 loss, stats = self.criterion(logits, micro.targets, labeled=labeled, passes=steps, outside=outside)
             self.engine.backward(loss)
-            # The loss is divided by the passes, so that gradients add up to their mean; logged is the whole.
+            # The loss is divided by the passes, so that gradients add up to their mean; the undivided loss is logged.
             self.meter.add(stats.vector, loss.detach() * steps, len(micro.ids))
             confidence += torch.stack([stats.confidence, stats.samples])
             total += loss.detach()
@@ -201,8 +201,8 @@ class Trainer:
         assert update is not None
         self.update = update
         progress.batch += 1
+        # A skipped step moves neither the learning rate nor the temperature; its batch is consumed all the same.
         if update.applied:
-            # A skipped step moves neither the learning rate nor the temperature; its batch is consumed all the same.
             progress.step += 1
             if self.criterion.needs_confidence:
                 self.group.sum(confidence)
@@ -234,7 +234,8 @@ class Trainer:
         self.run_folder.display.metrics(self.progress.batch, metrics["train/epoch"], metrics)
 
     def _close(self, finished: bool) -> Run:
-        # Wait for all: a launcher ends the other ranks when one exits, and rank 0 may still be writing the checkpoint.
+        # Wait for all: a rank that exits closes its connections, and after a stop (exit code 75) the launcher kills the
+        # others, while a slower rank may still be learning how the last save went.
         self.group.any_rank(finished)
         validation = self.epoch_end.validation
         if finished and validation:

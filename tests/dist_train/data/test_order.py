@@ -166,7 +166,7 @@ def test_a_mixture_of_weight_one_is_the_plain_order_and_of_equal_weights_one_shu
 def test_weights_do_not_go_with_other_ways_of_sampling() -> None:
     for options in ({"class_balanced": True}, {"labeled_fraction": 0.25}, {"repeated_augment": 2}):
         data = DataConfig(shards=Path("x"), **options)  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match=r"data\.train has weights, with which"):
+        with pytest.raises(ConfigError, match=r"data\.train has weights, which cannot be combined"):
             order.Order(SIZES, LABEL, data, 3, BATCH, weight=WEIGHTS)
 
 

@@ -10,7 +10,7 @@ SIZES = np.array([7, 100, 1, 0, 53, 99, 100, 100, 40], dtype=np.int64)
 
 def test_epoch_has_each_id_once() -> None:
     for window in (1, 2, 4, 100):
-        ids = epoch_order(SIZES, seed=3, epoch=2, window=window)
+        ids = epoch_order(SIZES, seed=3, number=2, window=window)
         assert np.array_equal(np.sort(ids), np.arange(500))
 
 

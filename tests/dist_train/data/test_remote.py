@@ -109,7 +109,7 @@ def test_a_small_cache_makes_room_and_gives_the_same(
     if late:
         monkeypatch.setattr(remote.ShardCache, "_obtain", obtain_late)
     ids, images = pixels(make_loader(digits / "train", shuffle_shards=2))
-    # What a process that was killed has left neither takes room for ever nor stands in for the shard.
+    # What a process that was killed has left neither takes room forever nor stands in for the shard.
     local = remote.local_folder(DataConfig(shards=server.url, cache=tmp_path), f"{server.url}/train")
     local.mkdir()
     (local / ".shard-000003.tar.999999999.tmp").write_bytes(b"half of a sh")
