@@ -120,7 +120,7 @@ def sampling_of(
         (np.flatnonzero(label != UNLABELED), data.class_balanced),
         (np.flatnonzero(label == UNLABELED), False),  # without a class there is nothing to balance
     ):
-        # Shards without such images stay, and count in the window: leaving them out would change the order of known runs.
+        # Shards without such images stay, and count in the window: leaving them out would change the order of existing runs.
         sizes = np.bincount(shard[ids], minlength=len(shard_sizes))
         split.append(Stratum(ids, sizes, shuffling, label[ids] if balanced else None))
     labeled, unlabeled = split

@@ -1,6 +1,6 @@
 """The network under DeepSpeed: ZeRO, mixed precision and accumulation around a multi-exit network.
 
-DeepSpeed's settings and our patches of it are in :mod:`dist_train.training.zero`, its launcher is run by ``launch/node.py``.
+DeepSpeed's settings and the patches of it are in :mod:`dist_train.training.zero`, its launcher is run by ``launch/node.py``.
 """
 
 from __future__ import annotations
