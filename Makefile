@@ -13,7 +13,11 @@ DEMO_PROCESSES := $(if $(shell command -v nvidia-smi),,-n 2)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-quick test-gpu rehearse-gpu lint install clean
+# The newest torch that the project takes, with what the usual environment cannot have beside its torch.
+NEWEST := .venv-newest
+NEWEST_TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+.PHONY: demo test test-all test-quick test-newest test-gpu rehearse-gpu lint install install-newest clean
 
 demo: $(VENV)/installed
 	@test -e data/digits/train/index.json || $(BIN)/python -m shards make digits data/digits
@@ -30,6 +34,14 @@ test-all: $(VENV)/installed
 
 test-quick: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not slurm"
+
+# What depends on torch most, with the newest torch, torchvision and timm: networks of these libraries, loss, training.  Its compiler
+# has a cache of its own: programs that another build of torch compiled end the process.
+test-newest: $(NEWEST)/installed
+	TORCHINDUCTOR_CACHE_DIR=$(abspath $(NEWEST))/inductor $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadgroup \
+	    -m "not slow and not slurm and not extended" \
+	    tests/dist_train/models tests/dist_train/loss tests/dist_train/training tests/dist_train/test_init.py
+	$(NEWEST)/bin/python -m pytest -n $(JOBS) tests/dist_train/models/test_libraries.py
 
 # The first command on a machine with a GPU; prints a table for tests/benchmarks/RESULTS.md.
 test-gpu: $(VENV)/installed
@@ -60,5 +72,13 @@ $(VENV)/installed: pyproject.toml
 	@$(BIN)/python -m pip install -qq --editable ".[test]"
 	@touch $@
 
+install-newest: $(NEWEST)/installed
+
+$(NEWEST)/installed: pyproject.toml
+	@echo "installing into $(NEWEST), once: $(NEWEST_TORCH), some gigabytes"
+	@$(PYTHON) -m venv $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install -qq $(NEWEST_TORCH) --editable ".[test,timm,torchvision]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) build *.egg-info

@@ -76,6 +76,7 @@ SLOW = {
 
 SLOW_TESTS = (
     "tests/test_wheel.py",
+    "tests/dist_train/models/test_libraries.py",
     "tests/dist_train/training/test_mixture.py::test_a_run_on_a_mixture_reads",
     "tests/dist_train/data/test_bench.py::test_every_way_gives_the_images_of_an_epoch",
     "tests/dist_train/data/test_remote.py::test_processes_of_a_node_fetch_each_shard_once_and_read_what_is_there",

@@ -149,7 +149,7 @@ def test_teachers_that_do_not_fit_are_one_line(ranks: Any, digits: Path, tmp_pat
     assert (
         0 <= found.memory[0].teachers - found.memory[0].evaluator < 20_000
     )  # the same network, and the head of its file
-    assert "teachers" in str(found)
-    assert "teachers" not in str(plan(settings(digits, tmp_path, "student")))
+    assert "activations  teachers" in str(found)
+    assert "activations  teachers" not in str(plan(settings(digits, tmp_path, "student")))
     with pytest.raises(ConfigError, match=r"optim\.ema_decay is not set"):
         make_config({"data": {"shards": str(digits)}, "loss": {"outside_teachers": ["averaged"]}})
