@@ -61,9 +61,9 @@ def html_page(run: Watched, current: bool = True) -> str:
         run: what is shown.
         current: whether the page will be written again, so that a browser is to load it again.
     """
-    head = [
-        run.state if current else f"{run.state} when `dist-train watch --html` was left, which keeps this page current"
-    ]
+    head = [run.state]
+    if run.running and not current:
+        head = [f"{run.state} when `dist-train watch --html` was left, which keeps this page current"]
     if run.total:
         head.append(f"step {run.batch} of {run.total}")
         if run.running and not run.finished and run.seconds_left is not None:
