@@ -8,6 +8,7 @@ synthetic images, or those of a split of shards as a trained run sees them.
 
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,8 @@ def main():
     splits, processes = int(SPLITS), int(PROCESSES)
     print("correct", TRUTH.correct.mean(axis=0), "costs", COSTS, "epsilon", EPSILON)
     best = hindsight()
-    with ProcessPoolExecutor(processes) as pool:
+    # Spawned: a fork of a process that has evaluated would wait for the locks of its threads.
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for images in IMAGES:
             found = np.array(list(pool.map(guarantees, [(images, seed) for seed in range(splits)], chunksize=10)))
             limit = DELTA + 2 * np.sqrt(DELTA * (1 - DELTA) / splits)
