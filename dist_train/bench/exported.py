@@ -35,7 +35,7 @@ class ExportRuntime:
 
     def __init__(self, folder: Path) -> None:
         runner = open_export(folder)
-        self.policy = runner.policy
+        self.policy = policies.with_defaults(runner.policy)
         if "graph" in self.policy:
             raise ConfigError(
                 f"{folder} is one graph that stops by itself; `dist-train export --format onnx` writes what is timed"

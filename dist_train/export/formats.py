@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,7 +46,7 @@ def open_export(folder: Path, threads: int = 0) -> EarlyExit:
         ConfigError: the runtime is not installed, or a file is not the exported one.
     """
     try:
-        runtime = json.loads((folder / policies.NAME).read_bytes())["runtime"]
+        runtime = policies.read(folder)["runtime"]
         if runtime not in RUNTIMES.values():
             raise ConfigError(f"{folder}: its policy.json names the runtime {runtime!r}; export again")
         if importlib.util.find_spec(runtime) is None:
@@ -63,5 +62,7 @@ def open_export(folder: Path, threads: int = 0) -> EarlyExit:
         return EarlyExit(folder, threads)
     except KeyError as error:
         raise ConfigError(f"{folder}: its policy.json has no {error}; export again") from None
-    except (ValueError, TypeError, OSError) as error:
+    except TypeError as error:
+        raise ConfigError(f"{folder / policies.NAME}: is damaged ({error}); export again") from None
+    except (ValueError, OSError) as error:  # which name the file
         raise ConfigError(str(error)) from None

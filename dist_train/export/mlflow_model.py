@@ -23,6 +23,8 @@ from dist_train.training import checkpoint
 
 DATA = "data"
 """Where MLflow puts the export in a model's folder."""
+FILES = ("MLmodel", "*.yaml", "*.json", "requirements.txt", "code", DATA)
+"""Patterns of what MLflow writes into a model's folder."""
 ARTIFACTS = "early_exit_model"
 """Folder of the model among the artifacts of its run."""
 NEEDS = {"numpy": "numpy", "pandas": "pandas", "pillow": "PIL"}
@@ -92,8 +94,8 @@ def log_model(path: str | Path, folder: Path) -> str:
 
 def _check_folder(folder: Path) -> None:
     """Raise ConfigError for a folder that holds something else than such a model, which would be lost."""
-    if folder.exists() and not (folder / DATA / policies.FOLDER / policies.NAME).is_file():
-        raise ConfigError(f"{folder}: exists and is no model of an export; give another --out")
+    ours = FILES if (folder / DATA / policies.FOLDER / policies.NAME).is_file() else ()
+    policies.check_replaceable(folder, ours, "model of an export")
 
 
 def _grey_image(size: int) -> bytes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,50 @@ def _shares(point: OperatingPoint) -> dict[str, Any] | None:
     }
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The content of a folder's policy.json; raises ConfigError where there is none that can be read."""
+    file = folder / NAME
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: is damaged ({error}); export again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: is damaged; export again")
+    return with_defaults(content)
+
+
+def with_defaults(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy with what exports were before they had a choice of it, and did not write down."""
+    return {"runtime": "onnxruntime", "precision": "fp32", **policy}
+
+
 def check_folder(folder: Path) -> None:
     """Raise ConfigError for a folder that holds something else than an export, which would be lost."""
-    if not folder.exists():
-        return
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     try:
-        ours = {NAME, *json.loads((folder / NAME).read_bytes())["files"]} if found else set()
+        ours = {NAME, *json.loads((folder / NAME).read_bytes())["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
-    # Python leaves one behind where the runner is imported.
-    if found - ours - {"__pycache__"}:
-        raise ConfigError(f"{folder}: exists and is no export; give another --out")
+    check_replaceable(folder, ours, "export")
+
+
+def check_replaceable(folder: Path, ours: Iterable[str], kind: str) -> None:
+    """Raise ConfigError for a folder that holds something else than what is replaced, which would be lost.
+
+    Args:
+        folder: which need not exist.
+        ours: patterns of the names that may be in it.
+        kind: what messages call a folder of these.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: exists and is no folder; give another --out")
+    # Python leaves a __pycache__ behind where a file is imported.
+    patterns = [*ours, "__pycache__"]
+    for path in sorted(folder.iterdir()):
+        if not any(fnmatchcase(path.name, pattern) for pattern in patterns):
+            raise ConfigError(
+                f"{folder}: exists and is no {kind} alone, {path.name} in it would be lost; give another --out"
+            )

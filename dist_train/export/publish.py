@@ -57,6 +57,7 @@ def write_published(path: str | Path, folder: Path, address: str) -> list[str]:
     if exported is None:
         lacking.append(f"no export of step {step}; `dist-train export` writes one")
     else:
+        exported = policies.with_defaults(exported)
         (folder / policies.FOLDER).mkdir()
         for name in (*exported.get("files", ()), policies.NAME):
             file = run / policies.FOLDER / PurePath(name).name

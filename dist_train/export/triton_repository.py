@@ -23,6 +23,8 @@ from dist_train.files import draft_folder_of
 
 NAME = "early_exit"
 """Of the model that is called; its stages are ``early_exit_stage1`` and so on."""
+FILES = ("README.md", NAME, f"{NAME}_stage[0-9]*")
+"""Patterns of what is in a repository; another model that shares it would be lost."""
 VERSION = "1"
 MAX_BATCH = 64
 """Images that the server computes together."""
@@ -57,8 +59,8 @@ def export_repository(
             f"--triton serves a program per exit in ONNX Runtime; give --format onnx instead of {format_}"
         )
     folder = folder_for(path, out, "triton")
-    if folder.exists() and not (folder / NAME / VERSION / policies.NAME).is_file():
-        raise ConfigError(f"{folder}: exists and is no model repository of an export; give another --out")
+    ours = FILES if (folder / NAME / VERSION / policies.NAME).is_file() else ()
+    policies.check_replaceable(folder, ours, "model repository of an export")
     with tempfile.TemporaryDirectory() as draft:
         exported = export(path, point, Path(draft) / policies.FOLDER, shards, format_, precision, max_changed)
         try:

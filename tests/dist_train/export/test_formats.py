@@ -2,6 +2,8 @@
 
 import ast
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +14,9 @@ import torch
 
 from dist_train import cli, load_model
 from dist_train.bench.exported import ExportRuntime
+from dist_train.errors import ConfigError
 from dist_train.export import formats, int8
+from dist_train.export import policy as policies
 from dist_train.export.export import _samples
 from dist_train.export.formats import open_export
 from dist_train.export.parity import all_logits
@@ -159,6 +163,27 @@ def test_ranges_come_from_images_that_are_not_compared():
     assert not set(compared.tolist()) & set(calibration.tolist())
     compared, calibration = _samples(360)
     assert (len(compared), len(set(calibration.tolist()))) == (360, 128)
+
+
+def test_an_export_of_before_there_was_a_choice_is_float32_in_onnx_runtime(runs, exported, tmp_path, capsys):
+    run, folder = tmp_path / "run", tmp_path / "run/export"
+    shutil.copytree(runs["msdnet"], run, symlinks=True)
+    shutil.copytree(exported["msdnet"], folder)
+    old = {key: value for key, value in policy_of(folder).items() if key not in ("runtime", "precision")}
+    policies.write(folder, old)
+    runtime = ExportRuntime(folder)
+    assert (runtime.name, runtime.precision) == ("onnxruntime", "fp32")
+    assert cli.run(["push", str(run), "--folder", str(tmp_path / "shared")]) == 0
+    assert "pip install numpy pillow onnxruntime" in (tmp_path / "shared/README.md").read_text()
+
+
+def test_a_damaged_policy_is_named(tmp_path):
+    for text in ("{", "[]", '"runtime"', '{"runtime": []}'):
+        (tmp_path / "policy.json").write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(str(tmp_path))) as caught:
+            open_export(tmp_path)
+        assert "policy.json" in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_bad_input_is_one_line(runs, refused, tmp_path, monkeypatch):

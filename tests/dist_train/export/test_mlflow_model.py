@@ -137,3 +137,9 @@ def test_a_folder_of_something_else_is_not_replaced(runs, refused, tmp_path):
     words = ("export", runs["resnet"], "--thresholds", "1,1", "--mlflow", "--out", tmp_path)
     assert "exists and is no model of an export" in refused(*words)
     assert (tmp_path / "file").exists()
+    # Nor one that holds a file of somebody beside such a model.
+    policy = tmp_path / "data/export/policy.json"
+    policy.parent.mkdir(parents=True)
+    policy.write_text("{}")
+    assert "file in it would be lost" in refused(*words)
+    assert (tmp_path / "file").exists()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -10,6 +11,7 @@ import onnxruntime
 import pytest
 
 from dist_train import cli
+from dist_train.export import triton_repository
 from dist_train.export.runner import EarlyExit
 from tests.dist_train.export.test_export import images_of
 
@@ -72,7 +74,7 @@ class Server(ModuleType):
         return kind
 
     def Tensor(self, name, values):
-        assert values.flags["C_CONTIGUOUS"] or values.size
+        assert values.flags["C_CONTIGUOUS"] or not values.size
         return SimpleNamespace(name=name, as_numpy=lambda: values)
 
     def InferenceResponse(self, tensors):
@@ -164,3 +166,18 @@ def test_bad_input_is_one_line(runs, refused, tmp_path):
     assert "not allowed with argument" in said("--mlflow")
     (tmp_path / "one").touch()
     assert "exists and is no model repository" in said("--out", tmp_path)
+    assert "exists and is no folder" in said("--out", tmp_path / "one")
+
+
+def test_another_model_of_a_shared_repository_is_not_lost(repository, runs, refused, tmp_path, monkeypatch):
+    shared = tmp_path / "models"
+    shutil.copytree(repository, shared)
+    (shared / "detector/1").mkdir(parents=True)
+    (shared / "detector/1/model.onnx").write_bytes(b"theirs")
+    words = ("export", runs["msdnet"], "--budget", "0.45M", "--triton", "--out", shared)
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_repository, "export", None)  # it is said before any work
+        assert "detector in it would be lost" in refused(*words)
+    assert (shared / "detector/1/model.onnx").read_bytes() == b"theirs"
+    shutil.rmtree(shared / "detector")
+    assert cli.run([str(word) for word in words]) == 0  # its own models are replaced
