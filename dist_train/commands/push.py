@@ -15,6 +15,8 @@ def run(arguments: list[str]) -> int:
     known = _parser().parse_args(arguments)
     if (known.repository is None) == (known.folder is None):
         raise ConfigError("give ORG/NAME to push to, or --folder FOLDER to write what would be pushed")
+    if known.private and known.folder is not None:
+        raise ConfigError("--private is of a repository; give it with ORG/NAME, or leave it out with --folder")
     from dist_train.export import publish
 
     if known.folder is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from dist_train.errors import ConfigError
+from dist_train.export.programs import quiet, reason
 
 
 def quantize(stages: Sequence[Path], images: NDArray[np.float32]) -> None:
@@ -25,23 +26,29 @@ def quantize(stages: Sequence[Path], images: NDArray[np.float32]) -> None:
         images: [N, 3, S, S], as the network takes them.
 
     Raises:
+        ConfigError: a stage cannot be quantised.
         OSError: a file cannot be written.
     """
     given = [[image[None]] for image in images]
-    for stage in stages:
+    for number, stage in enumerate(stages, start=1):
         session = onnxruntime.InferenceSession(stage, providers=["CPUExecutionProvider"])
         names = [one.name for one in session.get_inputs()]
         inputs = [dict(zip(names, one)) for one in given]
-        with _quiet():
-            quantize_static(
-                stage,
-                stage,
-                _Rows(inputs),
-                QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
+        try:
+            with quiet():  # without the advice to prepare the program by other tools first
+                quantize_static(
+                    stage,
+                    stage,
+                    _Rows(inputs),
+                    QuantFormat.QDQ,
+                    per_channel=True,
+                    activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                )
+        except OSError:
+            raise
+        except Exception as error:  # the quantiser raises what each of its steps raises
+            raise ConfigError(f"stage {number} cannot be quantised: {reason(error)}") from None
         given = [session.run(None, one)[1:] for one in inputs]
 
 
@@ -54,14 +61,3 @@ class _Rows(CalibrationDataReader):  # type: ignore[misc]
     def get_next(self) -> dict[str, Any] | None:
         """The next ones; None at the end."""
         return next(self._inputs, None)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the advice to prepare the program by other tools first."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -105,8 +105,8 @@ def compare(
         max_changed: the share of the images that may have another class or exit, for programs of a lower precision.
 
     Raises:
-        ParityError: a logit differs by more than :data:`TOLERANCE`, or an image takes another exit; with ``max_changed``: more
-            images than that have another class or exit.
+        ParityError: a logit is not finite or differs by more than :data:`TOLERANCE`, or an image takes another exit; with
+            ``max_changed``: a logit is not finite, or more images than that have another class or exit.
         DataError: there are no images.
     """
     zeros = np.zeros(network.num_exits, np.int64)
@@ -154,8 +154,10 @@ def _add(
 
 
 def _check_logits(found: Parity, difference: float, scale: float, where: str) -> None:
+    if not np.isfinite(difference):
+        raise ParityError(f"the logits of {where} are not finite; not exported")
     allowed = TOLERANCE * scale if found.max_changed is None else np.inf
-    if not difference <= allowed:  # nan included
+    if difference > allowed:
         raise ParityError(
             f"the logits of {where} differ by {difference:.2g} when exported, allowed is {allowed:.2g}; not exported"
         )

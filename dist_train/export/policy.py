@@ -34,7 +34,7 @@ def content(
 
     ``thresholds`` has one number per exit (null: no image leaves there; the last is not used), which ``measure`` of the logits,
     divided by ``temperatures`` where there are any, must reach. ``promise`` is what report.json says of these thresholds:
-    budget and expected accuracy, or the guarantee. ``shares`` are the intervals that the shares of images per exit stay in while
+    budget and expected accuracy, or the guarantee, of the network in float32 (``precision``), whatever that of the programs. ``shares`` are the intervals that the shares of images per exit stay in while
     the images are of the same kind.  ``programs`` has ``runtime``, ``precision``, and ``stages``, the programs in order, or ``graph``, the one
     that stops by itself.
     """
@@ -49,7 +49,7 @@ def content(
         "thresholds": [_number(value) for value in values] + [None],
         "temperatures": policy.temperatures,
         "weights": policy.weights,
-        "promise": point.promise or None,
+        "promise": point.promise | {"precision": "fp32"} if point.promise else None,
         "shares": _shares(point),
         "costs": {"unit": "multiply_adds_lazy", "exits": list(costs)},
         "preprocessing": {

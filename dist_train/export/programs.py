@@ -81,21 +81,21 @@ def write_program(
         OSError: the file cannot be written.
     """
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 module, given, dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=dynamic_shapes
             )
             assert program is not None
     except Exception as error:  # the exporter raises what each of its steps raises
-        raise ConfigError(f"{name} cannot be written as ONNX: {_reason(error)}") from None
+        raise ConfigError(f"{name} cannot be written as ONNX: {reason(error)}") from None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in whose files the network's code is
     program.save(file, external_data=False)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's notices, such as that torchvision is not installed."""
+def quiet() -> Iterator[None]:
+    """Without the notices of exporters, such as that torchvision is not installed."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -106,7 +106,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The operator that is missing, else the innermost error, in a line."""
     while error.__cause__ is not None:
         error = error.__cause__

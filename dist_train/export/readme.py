@@ -58,7 +58,7 @@ def readme_text(policy: dict[str, Any], milliseconds: Sequence[float]) -> str:
 Measured with these programs: accuracy on the {measured["labeled"]} labeled of {measured["images"]} images of {measured["split"]}, of which some may have been used to choose
 the thresholds; time of `predict` for an image alone that leaves at the exit, one thread, median of {REPEATS} ({platform.processor() or platform.machine()});
 by the policy: the mean over the exits that these images take.
-{_promise(policy["promise"])}
+{_promise(policy)}
 Compared with the network that they were made of, in float32, on the same images: {_compared(measured)}.
 
 `predict.py` decodes images with Pillow, evaluation decoded them with DALI. Pixels differ by {pillow["mean_difference"]:.2f} of 255 on average
@@ -118,14 +118,16 @@ def _compared(measured: dict[str, Any]) -> str:
     return f"every image takes the same exit{exits}, and no logit\ndiffers by more than {measured['largest_logit_difference']:.1e}"
 
 
-def _promise(promise: dict[str, Any] | None) -> str:
+def _promise(policy: dict[str, Any]) -> str:
+    promise = policy["promise"]
     if not promise:
         return ""
+    whose = "" if policy["precision"] == "fp32" else "Of the network in float32; not guaranteed for these programs. "
     if "risks" in promise:
         risks = "; ".join(f"{one['risk']} at most {one['epsilon']:g}" for one in promise["risks"])
-        return f"\nGuaranteed with probability {1 - promise['delta']:g} on images like those of {promise['calibration']}: {risks}.\n"
+        return f"\n{whose}Guaranteed with probability {1 - promise['delta']:g} on images like those of {promise['calibration']}: {risks}.\n"
     low, high = promise["top1_interval"]
     return (
-        f"\nThe report on images that had no part in the thresholds: top-1 {100 * promise['top1']:.2f} % (95 % interval "
+        f"\n{whose}The report on images that had no part in the thresholds: top-1 {100 * promise['top1']:.2f} % (95 % interval "
         f"{100 * low:.2f} to {100 * high:.2f}) for a budget of {promise['budget']:.6g} {promise['unit']}.\n"
     )

@@ -74,8 +74,7 @@ class EarlyExit:
                 break
             found, *given = stage(given)
             predicted = np.concatenate([predicted, found.argmax(1)[:, None]], axis=1)
-            sure = np.full(len(waiting), stage is self.stages[-1])
-            sure |= self.confidence(number, found, predicted) >= self.thresholds[number]
+            sure = (self.confidence(number, found, predicted) >= self.thresholds[number]) | (stage is self.stages[-1])
             logits[waiting[sure]], exits[waiting[sure]] = found[sure], number
             if sure.any():
                 waiting, predicted, given = waiting[~sure], predicted[~sure], [tensor[~sure] for tensor in given]
@@ -128,7 +127,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Classify images; each exits as soon as an exit is confident of it.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one per core")
-    known = parser.parse_args()
+    if (known := parser.parse_args()).threads < 0:
+        sys.exit(f"predict.py: --threads is {known.threads}; give the number of threads, or 0 for one per core")
     try:
         network = EarlyExit(Path(__file__).parent, known.threads)
     except (ValueError, OSError) as error:

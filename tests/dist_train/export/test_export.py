@@ -15,8 +15,9 @@ from dist_train import cli, load_model
 from dist_train.data.pipeline import Loader
 from dist_train.errors import DataError
 from dist_train.evaluation.thresholds import point_for_budget, point_for_risk
-from dist_train.export import export, programs
-from dist_train.export.parity import TIE, _exits, compare
+from dist_train.export import export, parity, programs
+from dist_train.export.parity import TIE, Parity, ParityError, _exits, compare
+from dist_train.export.readme import readme_text
 from dist_train.export.runner import EarlyExit
 from dist_train.models import MultiExitNetwork, attach_exits
 from dist_train.prediction import Thresholds, predict
@@ -102,7 +103,20 @@ def test_a_guarantee_is_handed_on(runs, tmp_path):
     assert policy["thresholds"][:2] == [None if value == float("inf") else value for value in point.policy.values[:2]]
     assert [(one["risk"], one["epsilon"]) for one in policy["promise"]["risks"]] == [("gap", 0.1)]
     assert policy["promise"]["delta"] == 0.05
-    assert "Guaranteed with probability 0.95" in (tmp_path / "risk/README.md").read_text()
+    assert policy["promise"]["precision"] == "fp32"
+    text = (tmp_path / "risk/README.md").read_text()
+    assert "\nGuaranteed with probability 0.95" in text
+    assert "not guaranteed for these programs" not in text
+    lower = readme_text(policy | {"precision": "int8"}, [1.0, 2.0, 3.0])
+    assert "Of the network in float32; not guaranteed for these programs. Guaranteed with probability 0.95" in lower
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_logits_that_are_not_finite_are_no_parity(limit, value):
+    parity._check_logits(Parity("val", limit), 0.0, 1.0, "exit 1")
+    with pytest.raises(ParityError, match="logits of exit 1 are not finite; not exported"):
+        parity._check_logits(Parity("val", limit), abs(np.float32(value) - 1), np.inf, "exit 1")
 
 
 def test_the_runner_warns_when_the_monitor_of_predict_does(runs, exported):

@@ -134,6 +134,10 @@ def test_int8_stages_are_smaller_and_every_convolution_is_quantised(quantised, e
         for node in graph.node:
             if node.op_type == "Conv":
                 assert [made_by[one] for one in node.input] == ["DequantizeLinear"] * len(node.input)
+                weights = next(one for one in graph.node if node.input[1] in one.output)
+                scale = next(one for one in graph.initializer if one.name == weights.input[1])
+                channels = next(one for one in graph.initializer if one.name == weights.input[0]).dims[0]
+                assert list(scale.dims) == [channels]
     sizes = [
         sum(weights_of(folder / name) for name in ("stage1.onnx", "stage2.onnx", "stage3.onnx"))
         for folder in (quantised["onnx"], exported["msdnet"])
@@ -155,6 +159,16 @@ def test_nothing_is_left_when_too_many_images_change(runs, refused, tmp_path, mo
     )
     assert "than in float32, allowed is a share of 0.1; not exported" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_cannot_be_quantised_is_one_line(exported, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise ValueError("no scale\nof this")
+
+    shutil.copyfile(exported["msdnet"] / "stage1.onnx", tmp_path / "stage1.onnx")
+    monkeypatch.setattr(int8, "quantize_static", fails)
+    with pytest.raises(ConfigError, match=r"^stage 1 cannot be quantised: no scale of this$"):
+        int8.quantize([tmp_path / "stage1.onnx"], np.zeros((2, 3, 32, 32), np.float32))
 
 
 def test_ranges_come_from_images_that_are_not_compared():

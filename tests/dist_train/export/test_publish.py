@@ -184,6 +184,8 @@ def test_bad_input_is_one_line(hub, runs, published, refused, tmp_path, monkeypa
     for name in ("digits", "a/b/c", "../up", "a b/c", "a/..", "-a/b", "a--b/c"):
         assert "is no name of a repository" in refused("push", "--", run, name)
     assert "no checkpoint here" in refused("push", tmp_path, "team/digits")
+    assert "--private is of a repository" in refused("push", run, "--private", "--folder", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     assert "exists and is not empty" in refused("push", run, "--folder", run)
     shutil.copytree(run, tmp_path / "torn", symlinks=True)
     (tmp_path / "torn/export/stage2.onnx").unlink()

@@ -52,6 +52,7 @@ def test_what_is_wrong_is_one_line(exported, photos, elsewhere, tmp_path):
         data[place] = ord("1") if file == "policy.json" else data[place] ^ 1
         (folder / file).write_bytes(data)
         assert reason in said(folder, photos[0])
+    assert "--threads is -1; give the number" in said(exported["vit"], photos[0], "--threads", "-1")
     assert "no image" not in said(exported["vit"], tmp_path / "absent.png")
     assert "pip install numpy pillow onnxruntime" in said(exported["vit"], photos[0], path=tmp_path)
 
