@@ -116,6 +116,7 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
 def _config(name: str, backend: str, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> str:
     """config.pbtxt; the server computes waiting requests together."""
     parts = [f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {MAX_BATCH}", "dynamic_batching { }"]
+    parts.append("instance_group [{ kind: KIND_CPU }]")  # parity was measured there; a server with a GPU would take it
     for side, tensors in (("input", inputs), ("output", outputs)):
         rows = [f'  {{ name: "{one}", data_type: {type_}, dims: {dims} }}' for one, type_, dims in tensors]
         parts.append(f"{side} [\n" + ",\n".join(rows) + "\n]")
@@ -143,7 +144,7 @@ For Triton Inference Server with its Python and ONNX Runtime backends. **It has 
 compared with the ONNX programs, and `model.py` was run against a stand-in of the server that runs the same programs.
 
 ```
-docker run --rm -p 8000:8000 -v "$PWD":/models nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver --model-repository=/models
+docker run --rm --shm-size=1g -p 8000:8000 -v "$PWD":/models nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver --model-repository=/models
 ```
 
 Call the model `{NAME}`, never its stages. `images`: float32 [N, 3, {how["crop"]}, {how["crop"]}], N at most {MAX_BATCH}: {how["color"]}, shorter side resized to {how["resize"]} pixels,
@@ -151,5 +152,6 @@ centre crop of {how["crop"]}, scaled to {how["scale"]}, minus {list(how["mean"])
 `{NAME}/{VERSION}/policy.json`), `confidence`, `exit` (from 1), each [N, 1], and the `logits` of the exit taken.
 
 An image goes on to the next stage only if the exit is not sure of it; thresholds, accuracy and parity with the trained network are in
-`policy.json`. Requests that wait are computed together.
+`policy.json`. Requests that wait are computed together. The programs compute in {policy["precision"]}, on the CPU (`instance_group`), where they were
+compared with the network; what `policy.json` promises is of the network in float32.
 """

@@ -14,6 +14,7 @@ from dist_train import cli, load_model
 from dist_train.config_file import load_config
 from dist_train.errors import CheckpointError, UserError
 from dist_train.evaluation.thresholds import point_for_budget, point_for_risk
+from dist_train.export import card
 from dist_train.files import sha256
 from dist_train.training import checkpoint
 from tests.common import ROOT
@@ -128,7 +129,9 @@ def test_the_card_says_what_the_report_says(published):
     assert "gap at most 0.1, with probability 0.95" in body
     assert "Trained on `digits/train`, 10 classes: 0, 1" in body
     assert "10.1109/ICCV.2019.00144" in body
-    assert "export/predict.py" in body
+    assert "in fp32 in onnxruntime by `export/predict.py`" in body
+    assert card.OF_FLOAT32 not in body
+    assert card.OF_FLOAT32 in card._export("hf://team/digits", "onnxruntime", "int8")
     assert point_for_budget(folder, body.partition("--budget ")[2].split()[0])  # the command of the card works
 
 

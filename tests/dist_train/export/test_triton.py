@@ -37,7 +37,7 @@ def configuration(folder):
         ]
         for side, rows in sides.items()
     }
-    assert "max_batch_size: 64\ndynamic_batching { }" in text
+    assert "max_batch_size: 64\ndynamic_batching { }\ninstance_group [{ kind: KIND_CPU }]\n" in text
     return re.search(r'^name: "(\w+)"', text)[1], re.search(r'backend: "(\w+)"', text)[1], tensors
 
 
@@ -54,7 +54,9 @@ def test_configurations_are_those_of_the_programs(repository):
     called, backend, tensors = configuration(repository / "early_exit")
     assert (called, backend) == ("early_exit", "python")
     assert tensors["input"] == [("images", "TYPE_FP32", [3, 32, 32])]
-    assert "has not been run on a Triton server" in (repository / "README.md").read_text()
+    text = (repository / "README.md").read_text()
+    assert "has not been run on a Triton server" in text
+    assert "compute in fp32, on the CPU" in text
 
 
 class Server(ModuleType):
