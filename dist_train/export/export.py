@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,32 @@ def export(
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
     return folder
+
+
+@contextlib.contextmanager
+def repackaged(
+    folder: Path,
+    path: str | Path,
+    point: OperatingPoint,
+    shards: str | Path | None,
+    format_: Format,
+    precision: Precision,
+    max_changed: float,
+) -> Iterator[tuple[Path, Path]]:
+    """An export that is there for the time being, and a new folder for its content in another form, which appears whole or not at all.
+
+    Args: ``folder`` is where the new one gets its name at the end, the others are those of :func:`export`.
+
+    Raises:
+        UserError: as :func:`export`.
+    """
+    with tempfile.TemporaryDirectory() as draft:
+        exported = export(path, point, Path(draft) / policies.FOLDER, shards, format_, precision, max_changed)
+        try:
+            with draft_folder_of(folder) as new:
+                yield exported, new
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
 
 
 def _write(

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
-import tempfile
 from pathlib import Path
 
 from PIL import Image
 
-from dist_train.errors import ConfigError
 from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import mlflow_loader
 from dist_train.export import policy as policies
-from dist_train.export.export import export, folder_for
+from dist_train.export.export import folder_for, repackaged
 from dist_train.export.formats import MAX_CHANGED, RUNTIMES, Format, Precision
-from dist_train.files import draft_folder_of
 from dist_train.tracking.mirror import SyncState
 from dist_train.tracking.mlflow import log_report, save_model, unusable
 from dist_train.training import checkpoint
@@ -49,16 +45,11 @@ def export_model(
     """
     folder = folder_for(path, out, "mlflow-model")
     _check_folder(folder)
-    with tempfile.TemporaryDirectory() as draft:
-        exported = export(path, point, Path(draft) / policies.FOLDER, shards, format_, precision, max_changed)
-        size = json.loads((exported / policies.NAME).read_text())["preprocessing"]["crop"]
-        runtime = RUNTIMES[format_]
+    runtime = RUNTIMES[format_]
+    with repackaged(folder, path, point, shards, format_, precision, max_changed) as (exported, model):
+        size = policies.read(exported)["preprocessing"]["crop"]
         requirements = [f"{name}=={_version(module)}" for name, module in (NEEDS | {runtime: runtime}).items()]
-        try:
-            with draft_folder_of(folder) as model:
-                save_model(model, Path(mlflow_loader.__file__), exported, _grey_image(size), requirements)
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
+        save_model(model, Path(mlflow_loader.__file__), exported, _grey_image(size), requirements)
     return folder
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from dist_train.errors import ConfigError
 from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import policy as policies
 from dist_train.export import runner
-from dist_train.export.export import export, folder_for
+from dist_train.export.export import folder_for, repackaged
 from dist_train.export.formats import MAX_CHANGED, Format, Precision
 from dist_train.export.runner import EarlyExit
-from dist_train.files import draft_folder_of
 
 NAME = "early_exit"
 """Of the model that is called; its stages are ``early_exit_stage1`` and so on."""
@@ -61,13 +59,8 @@ def export_repository(
     folder = folder_for(path, out, "triton")
     ours = FILES if (folder / NAME / VERSION / policies.NAME).is_file() else ()
     policies.check_replaceable(folder, ours, "model repository of an export")
-    with tempfile.TemporaryDirectory() as draft:
-        exported = export(path, point, Path(draft) / policies.FOLDER, shards, format_, precision, max_changed)
-        try:
-            with draft_folder_of(folder) as repository:
-                _write(exported, repository)
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
+    with repackaged(folder, path, point, shards, format_, precision, max_changed) as (exported, repository):
+        _write(exported, repository)
     return folder
 
 

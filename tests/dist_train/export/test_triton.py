@@ -178,7 +178,7 @@ def test_another_model_of_a_shared_repository_is_not_lost(repository, runs, refu
     (shared / "detector/1/model.onnx").write_bytes(b"theirs")
     words = ("export", runs["msdnet"], "--budget", "0.45M", "--triton", "--out", shared)
     with monkeypatch.context() as patched:
-        patched.setattr(triton_repository, "export", None)  # it is said before any work
+        patched.setattr(triton_repository, "repackaged", None)  # it is said before any work
         assert "detector in it would be lost" in refused(*words)
     assert (shared / "detector/1/model.onnx").read_bytes() == b"theirs"
     shutil.rmtree(shared / "detector")
