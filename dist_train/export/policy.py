@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -118,7 +119,7 @@ def with_defaults(policy: Mapping[str, Any]) -> dict[str, Any]:
 def check_folder(folder: Path) -> None:
     """Raise ConfigError for a folder that holds something else than an export, which would be lost."""
     try:
-        ours = {NAME, *json.loads((folder / NAME).read_bytes())["files"]}
+        ours = {NAME, *map(glob.escape, json.loads((folder / NAME).read_bytes())["files"])}
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
     check_replaceable(folder, ours, "export")
