@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shutil
@@ -281,6 +282,7 @@ def test_reading_by_many_threads_gives_each_sample_its_own_bytes(digits: Path) -
     # With fewer shards kept open than are in use, files are closed and opened again under the threads all the time.
     index = Index.load(digits / "train")
     samples = np.random.default_rng(0).permutation(len(index)).tolist()
+    gc.collect()  # what earlier tests have left open must not be closed in between
     before = len(os.listdir("/proc/self/fd"))
     reader = ShardReader(index, digits / "train", threads=8, keep_open=2)
     read = reader.read_all(samples, failed=lambda sample: np.empty(0, dtype=np.uint8))

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from dist_train.config import DataConfig
-from dist_train.data import augment, order
+from dist_train.data import augment
+from dist_train.data.passes import epoch_order
 from dist_train.data.pipeline import GlobalBatch, Loader, MicroBatch
 from shards import sources
 from shards.index import UNLABELED, Index
@@ -38,7 +39,7 @@ def test_epoch_follows_the_order_with_the_right_labels(digits: Path, make_loader
     assert [batch.number for batch in batches] == list(range(loader.order.steps_per_epoch)) == list(range(1437 // 48))
     assert all(batch.labeled == 48 for batch in batches)
     micros = flat(loader.epoch(4))
-    expected = order.epoch_order(index.shard_sizes, 5, 4, 3)[: 48 * 29]
+    expected = epoch_order(index.shard_sizes, 5, 4, 3)[: 48 * 29]
     assert ids(micros) == expected.tolist()
     assert torch.cat([micro.labels for micro in micros]).tolist() == index.label[expected].tolist()
     first = micros[0]

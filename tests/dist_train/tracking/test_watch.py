@@ -164,9 +164,9 @@ def test_a_page_that_is_left_while_the_run_goes_on_says_so(config):
     page = config.folder / "live.html"
     with RunLock(config.folder) as lock:
         lock.acquire()
-        watching = subprocess.Popen(
-            [sys.executable, "-m", "dist_train", "watch", config.folder, "--html"], cwd=ROOT, stderr=subprocess.PIPE
-        )
+        # A shell that starts the tests in its background lets them, and what they start, ignore SIGINT.
+        words = ["env", "--default-signal=INT", sys.executable, "-m", "dist_train", "watch", config.folder, "--html"]
+        watching = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE)
         while not page.exists():
             assert watching.poll() is None
             time.sleep(0.1)
