@@ -106,6 +106,7 @@ EXTENDED = (
 """Beginnings of the names of tests that take minutes, and that state again, at random or in the large, what others state."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Mark tests as `slow`, `extended` or `slurm`, in one place: what is slow is a question of the whole suite, not of a file."""
     for item in items:

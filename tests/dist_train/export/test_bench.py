@@ -1,5 +1,6 @@
 """`bench predict`: it times what it says, the same network with and without exits, and its conclusions follow from the times."""
 
+import importlib.util
 import json
 import math
 
@@ -103,9 +104,8 @@ def test_a_run_and_an_export_are_measured_and_a_report_takes_the_times(runs, exp
     assert cli.run(["bench", "predict", str(exported["msdnet"]), "--json", str(files["export"]), *quick]) == 0
     said = capsys.readouterr().out
     contents = {name: json.loads(file.read_text()) for name, file in files.items()}
-    assert [one["runtime"] for one in contents["run"]["combinations"]] == ["torch"] * 2 + ["onnxruntime"] * 2 + [
-        "openvino"
-    ] * 2
+    runtimes = ["torch", "onnxruntime"] + ["openvino"] * (importlib.util.find_spec("openvino") is not None)
+    assert [one["runtime"] for one in contents["run"]["combinations"]] == [name for name in runtimes for _ in range(2)]
     policy = json.loads((exported["msdnet"] / "policy.json").read_text())
     assert contents["export"]["top1"] == policy["parity"]["top1"]
     for content in contents.values():
