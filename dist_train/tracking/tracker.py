@@ -75,8 +75,8 @@ class Tracker:
             return
         with contextlib.suppress(OSError):
             self._state.update(status=status, ended=int(time.time() * 1000))
-        # MLflow's import always ends, and takes long where all cores are at work: it is no server that hangs.
-        self._imported.wait()
+        # MLflow's import takes long where all cores are at work: that is no server that hangs, and has a wait of its own.
+        self._imported.wait(timeout)
         self._stop.set()
         # A server that hangs must not hold up the end of the run for longer than this.
         self._thread.join(timeout)
@@ -93,10 +93,11 @@ class Tracker:
         self._imported.set()
         while not self._stop.wait(SEND_SECONDS):
             self._try(self._send)
-        for _ in range(LAST_TRIES):
+        for number in range(LAST_TRIES):
+            if number:
+                time.sleep(1.0)
             if self._try(self._finish):
                 return
-            time.sleep(1.0)
 
     def _try(self, send: Callable[[], None]) -> bool:
         try:
