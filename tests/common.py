@@ -1,5 +1,6 @@
 """What tests share that is no fixture."""
 
+import ast
 import contextlib
 import fcntl
 import importlib
@@ -99,6 +100,26 @@ def processes_of(config: Path) -> list[psutil.Process]:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path in there."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_digits(split: Path, count: int, folder: Path) -> None:
+    """The first images of a split of digits as files, called by their number in it."""
+    index = Index.load(split)
+    tar = (split / index.shards[0].name).read_bytes()
+    for number in range(count):
+        start = int(index.offset[number])
+        (folder / f"{number:02}.png").write_bytes(tar[start : start + int(index.size[number])])
+
+
+def imported_by(source: str) -> set[str]:
+    """The packages that a program imports, without those of Python itself."""
+    imported = {
+        name.partition(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    return imported - set(sys.stdlib_module_names)
 
 
 def importable(library: str) -> bool:

@@ -23,7 +23,7 @@ from dist_train.bench.runtimes import Exits, Runtime, TorchRuntime
 from dist_train.errors import ConfigError, DataError
 from dist_train.evaluation.thresholds import OperatingPoint, point_for_budget, point_for_risk
 from dist_train.export import policy as policies
-from dist_train.export.programs import RUNTIME, check_installed
+from dist_train.export.programs import EXPORTERS, check_installed
 from dist_train.files import write_whole
 from dist_train.models.cost import exit_costs
 from dist_train.models.stages import static_networks
@@ -228,13 +228,13 @@ def _of_run(known: Any, folder: Path) -> Subject:
     runtimes: list[Runtime] = [TorchRuntime(staged, cut, point.policy)]
     if known.compile:
         runtimes.append(TorchRuntime(staged, cut, point.policy, compiled=True))
-    if all(map(importlib.util.find_spec, RUNTIME)):
+    if all(map(importlib.util.find_spec, EXPORTERS)):
         costs = [cost.macs for cost in exit_costs(network, size, lazy=True)]
         content = policies.content(point, costs, meta.classes, config.data, meta.progress.step, {})
         from dist_train.bench.exported import exported_runtimes
 
         runtimes += exported_runtimes(staged, size, content, folder)
-        if len(runtimes) == 2 + known.compile:
+        if importlib.util.find_spec("openvino") is None:
             print("without OpenVINO: pip install 'dist-train[openvino]'\n")
     else:
         print("without ONNX Runtime: pip install 'dist-train[export]'\n")

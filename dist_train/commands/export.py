@@ -7,7 +7,7 @@ from typing import get_args
 from dist_train.arguments import Parser
 from dist_train.commands.policy import add_policy_options, chosen_point
 from dist_train.errors import ConfigError
-from dist_train.export.formats import MAX_CHANGED, Format, Precision
+from dist_train.export.formats import MAX_CHANGED, Form, Format, Precision
 
 
 def run(arguments: list[str]) -> int:
@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     check_installed(known.format)
     from dist_train.export.export import export
 
-    chosen = (known.run, point, known.out, known.shards, known.format, known.precision, known.max_changed)
+    chosen = (known.run, point, Form(known.format, known.precision, known.max_changed), known.out, known.shards)
     if known.mlflow:
         from dist_train.export.mlflow_model import export_model, log_model
 

@@ -40,27 +40,18 @@ def run(arguments: list[str]) -> int:
 
         live = LivePage(known.run)
         print(f"page: {live.path}", flush=True)
-    said, watched = False, None
-    try:
-        with Board() as board:
-            for watched, entries in follow(known.run):
-                for line in board.show(watched, entries):
-                    print(line, flush=True)
-                if live is None:
-                    continue
-                try:
-                    live.show(watched)
-                except OSError as error:
-                    # Said once; a disk that is full now may have room later.
-                    if not said:
-                        print(
-                            f"{live.path}: cannot be written ({error.strerror}); looking on",
-                            file=sys.stderr,
-                            flush=True,
-                        )
-                    said = True
-    finally:  # also at Ctrl-C, while the run goes on
-        if live and watched:
-            with contextlib.suppress(OSError):
-                live.leave(watched)
+    said = False
+    with Board() as board, live or contextlib.nullcontext():
+        for watched, entries in follow(known.run):
+            for line in board.show(watched, entries):
+                print(line, flush=True)
+            if live is None:
+                continue
+            try:
+                live.show(watched)
+            except OSError as error:
+                # Said once; a disk that is full now may have room later.
+                if not said:
+                    print(f"{live.path}: cannot be written ({error.strerror}); looking on", file=sys.stderr, flush=True)
+                said = True
     return 0

@@ -20,7 +20,7 @@ from dist_train.errors import ConfigError, DataError
 from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import policy as policies
 from dist_train.export import runner
-from dist_train.export.formats import MAX_CHANGED, RUNTIMES, Format, Precision, check_precision, open_export
+from dist_train.export.formats import RUNTIMES, Form, Format, check_precision, open_export
 from dist_train.export.parity import compare
 from dist_train.export.programs import versions, write_programs
 from dist_train.export.readme import exit_milliseconds, readme_text
@@ -42,28 +42,24 @@ BATCH = 50
 def export(
     path: str | Path,
     point: OperatingPoint,
+    form: Form,
     out: str | Path | None = None,
     shards: str | Path | None = None,
-    format_: Format = "onnx",
-    precision: Precision = "fp32",
-    max_changed: float = MAX_CHANGED,
 ) -> Path:
     """Write the folder of a run's network as programs of another runtime, whole or not at all; the folder.
 
     Args:
         path: run folder (its best checkpoint) or checkpoint.
         point: when an image exits.
+        form: format and precision of the programs.
         out: the folder (default: ``export`` in the run folder); an export that is there is replaced.
         shards: folder of the shards that images to compare are taken from, of the split data.val (default: the run's).
-        format_: ``onnx`` is a program per exit, ``onnx-if`` one graph that stops by itself, ``openvino`` a program per exit for OpenVINO.
-        precision: that it computes in.
-        max_changed: of a lower precision than fp32, the largest share of images with another class or exit.
 
     Raises:
         UserError: the network cannot be cut or expressed, the thresholds do not fit it, the runtime does not have the precision, or
             the programs do not compute what the network computes.
     """
-    check_precision(format_, precision)
+    check_precision(form.format, form.precision)
     folder = folder_for(path, out, policies.FOLDER)
     policies.check_folder(folder)
     path = checkpoint.find(path)
@@ -79,16 +75,16 @@ def export(
     compared, others = _samples(len(index))
     try:
         with draft_folder_of(folder) as draft:
-            images = _images(data, index, others) if precision == "int8" else None
-            programs = _write(staged, data.image_size, point.policy, draft, format_, images)
-            programs |= {"precision": precision}
+            images = _images(data, index, others) if form.precision == "int8" else None
+            programs = _write(staged, data.image_size, point.policy, draft, form.format, images)
+            programs |= {"precision": form.precision}
             policy = policies.content(point, costs, meta.classes, data, meta.progress.step, programs)
             policies.write(draft, policy)
             exported = open_export(draft, threads=1)
             batches = _batches(data, index, compared)
-            limit = None if precision == "fp32" else max_changed
+            limit = None if form.precision == "fp32" else form.max_changed
             found = compare(network, point.policy, exported, batches, data.val, limit)
-            policy |= {"parity": found.to_json(), "versions": versions(format_)}
+            policy |= {"parity": found.to_json(), "versions": versions(form.format)}
             times = exit_milliseconds(exported, np.zeros((1, 3, data.image_size, data.image_size), dtype=np.float32))
             (draft / "README.md").write_text(readme_text(policy, times), encoding="utf-8")
             policies.write(draft, policy)
@@ -99,13 +95,7 @@ def export(
 
 @contextlib.contextmanager
 def repackaged(
-    folder: Path,
-    path: str | Path,
-    point: OperatingPoint,
-    shards: str | Path | None,
-    format_: Format,
-    precision: Precision,
-    max_changed: float,
+    folder: Path, path: str | Path, point: OperatingPoint, form: Form, shards: str | Path | None
 ) -> Iterator[tuple[Path, Path]]:
     """An export that is there for the time being, and a new folder for its content in another form, which appears whole or not at all.
 
@@ -115,7 +105,7 @@ def repackaged(
         UserError: as :func:`export`.
     """
     with tempfile.TemporaryDirectory() as draft:
-        exported = export(path, point, Path(draft) / policies.FOLDER, shards, format_, precision, max_changed)
+        exported = export(path, point, form, Path(draft) / policies.FOLDER, shards)
         try:
             with draft_folder_of(folder) as new:
                 yield exported, new

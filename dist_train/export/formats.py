@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +19,21 @@ RUNTIMES: dict[Format, str] = {"onnx": "onnxruntime", "onnx-if": "onnxruntime", 
 """What pip installs to run it."""
 MAX_CHANGED = 0.1
 """Share of the images that a lower precision may give another class or another exit."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """In which form a network is exported.
+
+    Args:
+        format: ``onnx`` is a program per exit, ``onnx-if`` one graph that stops by itself, ``openvino`` a program per exit for OpenVINO.
+        precision: precision of the arithmetic.
+        max_changed: in a lower precision than fp32, the largest share of images with another class or exit.
+    """
+
+    format: Format = "onnx"
+    precision: Precision = "fp32"
+    max_changed: float = MAX_CHANGED
 
 
 def check_precision(format_: Format, precision: Precision) -> None:

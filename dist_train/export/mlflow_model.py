@@ -12,7 +12,7 @@ from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import mlflow_loader
 from dist_train.export import policy as policies
 from dist_train.export.export import folder_for, repackaged
-from dist_train.export.formats import MAX_CHANGED, RUNTIMES, Format, Precision
+from dist_train.export.formats import RUNTIMES, Form
 from dist_train.tracking.mirror import SyncState
 from dist_train.tracking.mlflow import log_report, save_model, unusable
 from dist_train.training import checkpoint
@@ -30,11 +30,9 @@ NEEDS = {"numpy": "numpy", "pandas": "pandas", "pillow": "PIL"}
 def export_model(
     path: str | Path,
     point: OperatingPoint,
+    form: Form,
     out: str | Path | None = None,
     shards: str | Path | None = None,
-    format_: Format = "onnx",
-    precision: Precision = "fp32",
-    max_changed: float = MAX_CHANGED,
 ) -> Path:
     """Write the folder of a model that ``mlflow models serve`` serves, whole or not at all; the folder.
 
@@ -45,8 +43,8 @@ def export_model(
     """
     folder = folder_for(path, out, "mlflow-model")
     _check_folder(folder)
-    runtime = RUNTIMES[format_]
-    with repackaged(folder, path, point, shards, format_, precision, max_changed) as (exported, model):
+    runtime = RUNTIMES[form.format]
+    with repackaged(folder, path, point, form, shards) as (exported, model):
         size = policies.read(exported)["preprocessing"]["crop"]
         requirements = [f"{name}=={_version(module)}" for name, module in (NEEDS | {runtime: runtime}).items()]
         save_model(model, Path(mlflow_loader.__file__), exported, _grey_image(size), requirements)

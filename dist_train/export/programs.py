@@ -21,7 +21,8 @@ from dist_train.models.stages import StagedNetwork
 
 OPSET = 20
 """Version of the ONNX operators; ONNX Runtime knows it since 1.17."""
-RUNTIME = ("onnx", "onnxscript", "onnxruntime")
+EXPORTERS = ("onnx", "onnxscript", "onnxruntime")
+"""What exporting to any format imports."""
 
 
 def check_installed(format_: Format = "onnx") -> None:
@@ -42,7 +43,7 @@ def versions(format_: Format) -> dict[str, str | int]:
 
 
 def _libraries(format_: Format) -> list[str]:
-    return list(dict.fromkeys((*RUNTIME, RUNTIMES[format_])))
+    return list(dict.fromkeys((*EXPORTERS, RUNTIMES[format_])))
 
 
 def write_programs(staged: StagedNetwork, image_size: int, folder: Path) -> list[str]:

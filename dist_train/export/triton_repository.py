@@ -16,7 +16,7 @@ from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import policy as policies
 from dist_train.export import runner
 from dist_train.export.export import folder_for, repackaged
-from dist_train.export.formats import MAX_CHANGED, Format, Precision
+from dist_train.export.formats import Form
 from dist_train.export.runner import EarlyExit
 
 NAME = "early_exit"
@@ -39,11 +39,9 @@ Tensor = tuple[str, str, list[int]]
 def export_repository(
     path: str | Path,
     point: OperatingPoint,
+    form: Form,
     out: str | Path | None = None,
     shards: str | Path | None = None,
-    format_: Format = "onnx",
-    precision: Precision = "fp32",
-    max_changed: float = MAX_CHANGED,
 ) -> Path:
     """Write a model repository, whole or not at all; the folder.
 
@@ -52,14 +50,14 @@ def export_repository(
     Raises:
         UserError: as there; or another format than ``onnx``.
     """
-    if format_ != "onnx":
+    if form.format != "onnx":
         raise ConfigError(
-            f"--triton serves a program per exit in ONNX Runtime; give --format onnx instead of {format_}"
+            f"--triton serves a program per exit in ONNX Runtime; give --format onnx instead of {form.format}"
         )
     folder = folder_for(path, out, "triton")
     ours = FILES if (folder / NAME / VERSION / policies.NAME).is_file() else ()
     policies.check_replaceable(folder, ours, "model repository of an export")
-    with repackaged(folder, path, point, shards, format_, precision, max_changed) as (exported, repository):
+    with repackaged(folder, path, point, form, shards) as (exported, repository):
         _write(exported, repository)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +23,14 @@ POINTS = 300
 
 
 class LivePage:
-    """``live.html`` of a run folder; it is written by who looks on, so that training has no work with it."""
+    """``live.html`` of a run folder; it is written by who looks on, so that training has no work with it.
+
+    A context manager: when it is left and the run goes on, the page says that nobody writes it any more.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "live.html"
+        self._run: Watched | None = None
         self._shown: tuple[object, ...] = ()
         self._written = float("-inf")
 
@@ -35,6 +40,7 @@ class LivePage:
         Raises:
             OSError: it cannot be written; the next call tries again.
         """
+        self._run = run
         now = (run.state, run.batch, len(run.moments), len(run.validations))
         if run.config is None or now == self._shown:
             return
@@ -44,14 +50,13 @@ class LivePage:
         write_whole(self.path, html_page(run))
         self._shown = now
 
-    def leave(self, run: Watched) -> None:
-        """Say on the page of a run that goes on that nobody writes it any more.
+    def __enter__(self) -> LivePage:
+        return self
 
-        Raises:
-            OSError: it cannot be written.
-        """
-        if run.config is not None and not run.finished:
-            write_whole(self.path, html_page(run, current=False))
+    def __exit__(self, *_: object) -> None:
+        if self._run is not None and self._run.config is not None and not self._run.finished:
+            with contextlib.suppress(OSError):
+                write_whole(self.path, html_page(self._run, current=False))
 
 
 def html_page(run: Watched, current: bool = True) -> str:

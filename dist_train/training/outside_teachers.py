@@ -49,7 +49,7 @@ class OutsideTeachers:
         places = group.on_rank0(lambda: {run.name: run.place() for run in _runs(names)})
         self.fingerprints: dict[str, str] = {}
         if group.ranks.rank == 0:
-            self.fingerprints = {name: _fingerprint(checkpoint.find(place)) for name, place in places.items()}
+            self.fingerprints = {name: sha256(_weights(place)) for name, place in places.items()}
         self._networks = []
         for name in names:
             if averaged is not None and name == AVERAGED:
@@ -120,10 +120,10 @@ def teacher_bytes(config: Config, classes: Sequence[str]) -> int:
     Raises:
         UserError: as :func:`check_teachers` and :func:`try_teachers`.
     """
-    runs = {run.name: run.place() for run in _runs(config.loss.outside_teachers)}
-    total = sum(checkpoint.evaluated_weights(checkpoint.find(place)).stat().st_size for place in runs.values())
+    runs = _runs(config.loss.outside_teachers)
+    total = sum(run.weights().stat().st_size for run in runs)
     for name in config.loss.outside_teachers:
-        if name not in {AVERAGED, *runs}:
+        if name not in {AVERAGED, *(run.name for run in runs)}:
             network = _build(name, config.data.image_size, len(classes))
             total += sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     return total
@@ -131,11 +131,7 @@ def teacher_bytes(config: Config, classes: Sequence[str]) -> int:
 
 def teacher_fingerprints(config: Config) -> dict[str, str]:
     """By name, the SHA-256 of the weights of every teacher that is a run, as it is now."""
-    return {run.name: _fingerprint(checkpoint.find(run.place())) for run in _runs(config.loss.outside_teachers)}
-
-
-def _fingerprint(path: Path) -> str:
-    return sha256(checkpoint.evaluated_weights(path))
+    return {run.name: sha256(run.weights()) for run in _runs(config.loss.outside_teachers)}
 
 
 @dataclass(frozen=True)
@@ -150,6 +146,10 @@ class _Run:
             return self.name if is_address(self.name) else str(checkpoint.find(self.name))
         except CheckpointError as error:
             raise CheckpointError(f"loss.outside_teachers: {error}") from None
+
+    def weights(self) -> Path:
+        """The file of the weights that it teaches with."""
+        return _weights(self.place())
 
     def check(self, data: DataConfig, classes: Sequence[str]) -> None:
         meta, config = checkpoint.read_meta(checkpoint.find(self.place()))
@@ -174,6 +174,10 @@ def _runs(names: Sequence[str]) -> list[_Run]:
         for name in names
         if is_address(name) or Path(name).exists() or not (name == AVERAGED or ":" in name or is_named(name))
     ]
+
+
+def _weights(place: str) -> Path:
+    return checkpoint.evaluated_weights(checkpoint.find(place))
 
 
 def _build(name: str, image_size: int, classes: int) -> nn.Module:

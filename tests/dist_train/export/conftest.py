@@ -16,7 +16,7 @@ from dist_train.models import build_model
 from dist_train.training import checkpoint
 from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
 from shards.index import Index
-from tests.common import LIMIT, ROOT, SMALL_MODEL, cpu_loader
+from tests.common import LIMIT, ROOT, SMALL_MODEL, cpu_loader, write_digits
 
 VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
 NETWORKS = {
@@ -87,11 +87,7 @@ def exported(runs, tmp_path_factory):
 def photos(digits, tmp_path_factory):
     """30 digits as files."""
     folder = tmp_path_factory.mktemp("photos")
-    index = Index.load(digits / "val")
-    tar = (digits / "val" / index.shards[0].name).read_bytes()
-    for number in range(30):
-        start = int(index.offset[number])
-        (folder / f"{number:02}.png").write_bytes(tar[start : start + int(index.size[number])])
+    write_digits(digits / "val", 30, folder)
     return sorted(folder.iterdir())
 
 

@@ -231,7 +231,7 @@ def test_bad_input_is_one_line(runs, refused, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-@pytest.mark.parametrize("library", programs.RUNTIME)
+@pytest.mark.parametrize("library", programs.EXPORTERS)
 def test_a_library_that_is_not_installed_is_named(runs, library, tmp_path):
     without = (
         f"import sys; sys.modules[{library!r}] = None; from dist_train import cli; sys.exit(cli.run(sys.argv[1:]))"

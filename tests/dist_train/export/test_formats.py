@@ -1,6 +1,5 @@
 """Exports in OpenVINO and in lower precision: what they compute, what is said of it, and what is refused."""
 
-import ast
 import json
 import re
 import shutil
@@ -21,7 +20,7 @@ from dist_train.export.export import _samples
 from dist_train.export.formats import open_export
 from dist_train.export.parity import all_logits
 from dist_train.prediction import predict
-from tests.common import ROOT
+from tests.common import ROOT, imported_by
 from tests.dist_train.export.test_export import images_of, policy_of, thresholds_of, untied
 
 
@@ -70,13 +69,7 @@ def test_openvino_takes_the_exits_of_the_network_and_gives_its_logits(openvino, 
 def test_its_runner_needs_openvino_alone(openvino, photos, elsewhere, tmp_path):
     text = (openvino / "predict.py").read_text()
     assert len(text.splitlines()) <= 150
-    imported = {
-        name.partition(".")[0]
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
-    }
-    assert imported - set(sys.stdlib_module_names) == {"numpy", "PIL", "openvino"}
+    assert imported_by(text) == {"numpy", "PIL", "openvino"}
     done = elsewhere(openvino / "predict.py", *photos, "--threads", "1", runtime="openvino")
     assert (done.returncode, done.stderr) == (0, "")
     network = open_export(openvino)

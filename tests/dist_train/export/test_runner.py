@@ -1,9 +1,7 @@
 """predict.py of an export: where torch is not installed, on odd images, and by every measure of confidence."""
 
-import ast
 import io
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from dist_train.export.runner import EarlyExit
 from dist_train.prediction import Thresholds
 from dist_train.prediction.confidence import HISTORY_MEASURES, MEASURES
 from dist_train.prediction.images import Predictor
-from tests.common import saved
+from tests.common import imported_by, saved
 from tests.dist_train.export.test_export import policy_of, thresholds_of
 
 
@@ -60,13 +58,7 @@ def test_what_is_wrong_is_one_line(exported, photos, elsewhere, tmp_path):
 def test_it_is_short_and_imports_nothing_else():
     text = Path(runner.__file__).read_text()
     assert len(text.splitlines()) <= 150
-    imported = {
-        name.partition(".")[0]
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
-    }
-    assert imported - set(sys.stdlib_module_names) == {"numpy", "PIL", "onnxruntime"}
+    assert imported_by(text) == {"numpy", "PIL", "onnxruntime"}
 
 
 @pytest.mark.parametrize("measure", [*MEASURES, *HISTORY_MEASURES])

@@ -13,6 +13,7 @@ import pytest
 from dist_train import cli
 from dist_train.export import triton_repository
 from dist_train.export.runner import EarlyExit
+from tests.common import imported_by
 from tests.dist_train.export.test_export import images_of
 
 TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
@@ -147,8 +148,7 @@ def test_the_model_gives_what_the_runner_gives(server, runs, exported, digits):
 
 def test_the_model_needs_numpy_and_the_server_alone(repository):
     text = (repository / "early_exit/1/model.py").read_text()
-    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
-    assert imported - set(sys.stdlib_module_names) == {"numpy", "triton_python_backend_utils"}
+    assert imported_by(text) == {"numpy", "triton_python_backend_utils"}
     assert "Image" not in text
 
 

@@ -19,7 +19,7 @@ from dist_train.prediction import at_exit
 from dist_train.training import checkpoint
 from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
 from shards.index import Index
-from tests.common import SMALL_MODEL, cpu_loader
+from tests.common import SMALL_MODEL, cpu_loader, write_digits
 
 MODEL = SMALL_MODEL | {"exits": 3}
 
@@ -50,11 +50,7 @@ def run(digits, tmp_path_factory):
 def photos(digits, tmp_path_factory):
     """The first 20 images of the split as files, by their number in it."""
     folder = tmp_path_factory.mktemp("photos")
-    index = Index.load(digits / "val")
-    tar = (digits / "val" / index.shards[0].name).read_bytes()
-    for number in range(20):
-        start = int(index.offset[number])
-        (folder / f"{number:02}.png").write_bytes(tar[start : start + int(index.size[number])])
+    write_digits(digits / "val", 20, folder)
     return folder
 
 
