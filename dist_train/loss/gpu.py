@@ -138,37 +138,68 @@ def add_sample(sums, losses, logs, rank, confidence, scales, flags, exits, M: tl
     )
 
 
-@triton.jit
-def store_sums(sums, partials):
-    """The sums of this program to its rows of ``partials``."""
-    for i in tl.static_range(SUMS):
-        tl.store(partials + (tl.program_id(0) * SUMS + i) * LANES + tl.arange(0, LANES), sums[i])
+@triton.constexpr_function
+def width(exits):
+    """Lanes of the sums that are used: a power of 2, and the counts take three."""
+    return max(4, triton.next_power_of_2(exits))
 
 
 @triton.jit
-def finish_kernel(sums, exits, vector, loss, samples, M: tl.constexpr, CROSS_ENTROPY: tl.constexpr):
-    """The statistics and the loss from the sums over all samples, see add_sample for those."""
+def store_sums(sums, partials, M: tl.constexpr):
+    """The sums of this program to its rows of ``partials`` [programs, SUMS, width(M)]."""
     lane = tl.arange(0, LANES)
+    for i in tl.static_range(SUMS):
+        tl.store(partials + (tl.program_id(0) * SUMS + i) * width(M) + lane, sums[i], mask=lane < width(M))
+
+
+@triton.jit
+def _sum_rows(vectors):
+    """The sums of tensors over their first dimension."""
+    sums = ()
+    for i in tl.static_range(len(vectors)):
+        sums = sums + (tl.sum(vectors[i], 0),)
+    return sums
+
+
+@triton.jit(do_not_specialize=["samples", "programs"])
+def finish_kernel(
+    partials, exits, vector, loss, samples, programs, M: tl.constexpr, CROSS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The statistics and the loss from the sums of all programs, see add_sample for those."""
+    W: tl.constexpr = width(M)
+    lane = tl.arange(0, W)
     is_exit = lane < M
     student, teacher = lane[:, None], lane[None, :]
+    # Before the sums, which take longer than these loads.
     pairs = tl.load(exits.teachers + student * M + teacher, mask=(student < M) & (teacher < M), other=0.0)
-    # In bits: sum over teachers t of w_mt * CE(q_t, q_m), and of w_mt * H(q_t).
-    log_totals = tl.load(sums + LANES + lane)
-    cross_entropy = tl.sum(pairs, 1) * log_totals - tl.load(sums + 2 * LANES + lane)
-    entropies = tl.load(sums + LANES + teacher) - tl.load(sums + 3 * LANES + teacher)
-    kl = LN2 * (cross_entropy - tl.sum(pairs * entropies, 1))
-    tl.store(vector + lane, tl.load(sums + lane), mask=is_exit)
-    tl.store(vector + M + lane, kl, mask=is_exit)
-    tl.store(vector + 2 * M + lane, tl.load(sums + 4 * LANES + lane), mask=is_exit)
-    tl.store(vector + 3 * M + lane, tl.load(sums + 5 * LANES + lane), mask=is_exit)
-    tl.store(vector + 4 * M, tl.sum(tl.load(sums + 6 * LANES + lane)))
-    tl.store(vector + 4 * M + 1, samples.to(tl.float32))
-    tl.store(vector + 4 * M + 2 + lane, tl.load(sums + 8 * LANES + lane), mask=lane < 3)
-    # loss = label part + sum over exits of w_m * T_m^2 / N * (cross-entropy or divergence)
     temperature = tl.load(exits.temperature + lane, mask=is_exit, other=0.0)
-    weights = tl.load(exits.distill_weights + lane, mask=is_exit, other=0.0) * temperature * temperature / samples
+    weights = tl.load(exits.distill_weights + lane, mask=is_exit, other=0.0)
+    totals = ()
+    for _ in tl.static_range(SUMS):
+        totals = totals + (tl.zeros([BLOCK, W], tl.float32),)
+    # In a fixed order, so that the last digits are the same in every run.
+    for start in range(0, programs, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        place, is_row = partials + row[:, None] * (SUMS * W) + lane[None, :], row[:, None] < programs
+        added = ()
+        for i in tl.static_range(SUMS):
+            added = added + (totals[i] + tl.load(place + i * W, mask=is_row, other=0.0),)
+        totals = added
+    label_loss, log_totals, crosses, entropies, top1, top5, confidence, label_part, counts = _sum_rows(totals)
+    # In bits: sum over teachers t of w_mt * CE(q_t, q_m), and of w_mt * H(q_t).
+    cross_entropy = tl.sum(pairs, 1) * log_totals - crosses
+    kl = LN2 * (cross_entropy - tl.sum(pairs * (log_totals - entropies)[None, :], 1))
+    tl.store(vector + lane, label_loss, mask=is_exit)
+    tl.store(vector + M + lane, kl, mask=is_exit)
+    tl.store(vector + 2 * M + lane, top1, mask=is_exit)
+    tl.store(vector + 3 * M + lane, top5, mask=is_exit)
+    tl.store(vector + 4 * M, tl.sum(confidence))
+    tl.store(vector + 4 * M + 1, samples.to(tl.float32))
+    tl.store(vector + 4 * M + 2 + lane, counts, mask=lane < 3)
+    # loss = label part + sum over exits of w_m * T_m^2 / N * (cross-entropy or divergence)
+    weights *= temperature * temperature / samples
     value = LN2 * cross_entropy if CROSS_ENTROPY else kl
-    tl.store(loss, tl.sum(weights * value) + tl.sum(tl.load(sums + 7 * LANES + lane)))
+    tl.store(loss, tl.sum(weights * value) + tl.sum(label_part))
 
 
 @triton.jit

