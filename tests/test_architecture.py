@@ -27,7 +27,7 @@ LAYER = {package: number for number, layer in enumerate(LAYERS) for package in l
 
 # The one file, or files, that may import a foreign library; benches measure against what they like.
 OWNERS = {
-    "deepspeed": ["dist_train/training/engine.py"],
+    "deepspeed": ["dist_train/training/zero.py"],
     "nvidia": ["dist_train/data/decode.py"],
     "triton": ["dist_train/loss/gpu.py"],
     "mlflow": ["dist_train/tracking/mlflow.py"],

@@ -106,6 +106,10 @@ class Config(Section):
                 f"optim.exit_gradients is equilibrium_coarsest and model.name {self.model.name}, which has no scales; use "
                 "equilibrium, or the network msdnet"
             )
+        if self.train.cuda_graphs is True and (why_not := self.why_no_cuda_graphs()):
+            raise ValueError(
+                f"train.cuda_graphs is true and {why_not}; a recorded network always does the same, at ZeRO 0"
+            )
         if self.optim.exit_gradients == "pcgrad":
             # Several backward passes are silently wrong at ZeRO 1 and 2, and a compiled network has one alone.
             for field, allowed in (("zero_stage", ("auto", 0)), ("compile", (False,))):
@@ -115,6 +119,18 @@ class Config(Section):
                         f"pass per exit, which needs train.zero_stage 0 and train.compile false"
                     )
         return self
+
+    def why_no_cuda_graphs(self) -> str | None:
+        """The setting that keeps the network's passes from being recorded as CUDA graphs; None where nothing does."""
+        given: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+            ("train.zero_stage", self.train.zero_stage, ("auto", 0)),
+            ("train.compile", self.train.compile, (False,)),
+            ("train.sync_bn", self.train.sync_bn, (False,)),
+            ("optim.exit_gradients", self.optim.exit_gradients, ("sum",)),
+            ("model.regime", self.model.regime, ("joint",)),
+            ("model.activation_checkpointing", getattr(self.model, "activation_checkpointing", False), (False,)),
+        )
+        return next((f"{name} {value}" for name, value, allowed in given if value not in allowed), None)
 
     def __repr__(self) -> str:
         """What differs from the defaults, as YAML."""

@@ -1,16 +1,13 @@
 """The network under DeepSpeed: ZeRO, mixed precision and accumulation around a multi-exit network.
 
-DeepSpeed's settings and the patches of it are in :mod:`dist_train.training.zero`, its launcher is run by ``launch/node.py``.
+DeepSpeed itself, its settings and the patches of it are in :mod:`dist_train.training.zero`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,15 +16,25 @@ import torch
 from torch import nn
 
 from dist_train.config import Config
-from dist_train.distributed.group import Group, launcher_variables
+from dist_train.distributed.group import Group
 from dist_train.models import MSDNet
 from dist_train.models.parts import ALL, WITHOUT_EARLY_EXITS, exit_parts, exits_behind, part_of
 from dist_train.precision import autocast
+from dist_train.training.cuda_graph import NetworkGraphs, record, takes_cuda_graphs
 from dist_train.training.exit_gradients import ProjectedGradients, balance_gradients
 from dist_train.training.loss_scale import LossScale
 from dist_train.training.optim import AveragedWeights, build_optimizer, state_names
 from dist_train.training.running_statistics import RunningStatistics, average_buffers
-from dist_train.training.zero import chosen_stage, deepspeed_settings, wait_once_per_update
+from dist_train.training.zero import (
+    chosen_stage,
+    initialize_deepspeed,
+    keep_batch_norms_from_cudnn,
+    reduce_in_few_calls,
+    set_state,
+    wait_once_per_update,
+    whole_parameters,
+    whole_state,
+)
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,18 @@ class Engine:
         exits = exits_behind(model, config.data.image_size) if rule in ("equilibrium", "pcgrad") else {}
         self._balances_coarsest = rule == "equilibrium_coarsest"
         self.loss_scale = LossScale() if config.train.precision == "fp16" else None
-        self._deepspeed = _initialize(model, optimizer, config, self.stage, group)
+        self._deepspeed = initialize_deepspeed(model, optimizer, config, self.stage, group)
         if self.stage in (1, 2):
             wait_once_per_update(self._deepspeed.optimizer, config.optim.max_grad_norm, self._scale)
+        if self.stage and group.device.type == "cuda" and not config.train.compile:
+            keep_batch_norms_from_cudnn(model)
         if self.stage == 3:
             # DeepSpeed reads it in every forward pass.  Without RANK it does not make child processes think they are ranks.
             os.environ.setdefault("LOCAL_RANK", str(group.ranks.local_rank))
         self.model = model
         self._names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if self.stage == 0:
+            reduce_in_few_calls(self._deepspeed, list(self._names.values()), group)
         self._partitioned: dict[str, Any] = {
             name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if hasattr(tensor, "ds_tensor")
         }
@@ -83,6 +94,8 @@ class Engine:
         self._materialize_optimizer_state()
         if config.train.compile:
             self._deepspeed.compile()
+        self._takes_graphs = takes_cuda_graphs(config, self.stage, group.device)
+        self._graphs: NetworkGraphs | None = None
         self.averages: AveragedWeights | None = None
         if config.optim.ema_decay is not None:
             self.averages = AveragedWeights(self._averaged_tensors(), config.optim.ema_decay)
@@ -123,6 +136,12 @@ class Engine:
         # The weights stay contiguous (ZeRO cannot flatten others); convolutions follow the format of the images.
         layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
         images = images.contiguous(memory_format=layout)
+        if self._takes_graphs and len(images) == self.config.train.micro_batch:
+            if self._graphs is None:
+                self._graphs = record(self.model, images, self.autocast, self.config.train.cuda_graphs)
+                self._takes_graphs = self._graphs is not None
+            if self._graphs is not None:
+                return self._graphs(images)
         if self.projected_gradients is None:
             return tuple(self._deepspeed(images))
         # DeepSpeed refuses backward passes that it does not run itself.
@@ -142,6 +161,8 @@ class Engine:
             return
         # The loss is divided by the accumulation steps already.
         self._deepspeed.backward(loss, scale_wrt_gas=False)
+        if self._graphs is not None and not self._deepspeed.is_gradient_accumulation_boundary():
+            self._graphs.keep_gradients()
 
     def update(self, learning_rate: float | None, batch: int = 0) -> Update | None:
         """End a micro batch; with a learning rate it was the last of its global batch, and the update is made.
@@ -297,9 +318,7 @@ class Engine:
         if self.stage < 3:
             yield
             return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+        with whole_parameters(self.model):
             yield
 
     def _flat_parameters(self) -> list[tuple[str, torch.Tensor]]:
@@ -336,64 +355,10 @@ class Engine:
     def _get_state(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         if self.stage == 0:
             return cast(torch.Tensor, self._deepspeed.basic_optimizer.state[parameter][key])
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        trains = parameter.requires_grad
-        # At stage 3 DeepSpeed gives no state of a frozen parameter.
-        parameter.requires_grad_()
-        try:
-            return cast(torch.Tensor, safe_get_full_optimizer_state(parameter, key))
-        finally:
-            parameter.requires_grad_(trains)
+        return whole_state(parameter, key)
 
     def _set_state(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
         if self.stage == 0:
             self._deepspeed.basic_optimizer.state[parameter][key].copy_(value)
             return
-        from deepspeed.utils import (
-            safe_get_local_optimizer_state,
-            safe_set_full_optimizer_state,
-            safe_set_local_optimizer_state,
-        )
-
-        if self.stage < 3:
-            safe_set_full_optimizer_state(parameter, value, key)
-            return
-        # DeepSpeed's full setter fails for a parameter whose size the ranks do not divide: the last partition is padded.
-        partition = self._own_partition(value, safe_get_local_optimizer_state(parameter, key))
-        safe_set_local_optimizer_state(parameter, partition, key)
-
-
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, stage: int, group: Group) -> Any:
-    settings = deepspeed_settings(config, model, stage, group)
-    if group.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _without_mlflow():
-            import deepspeed
-
-        deepspeed.utils.logger.setLevel(logging.ERROR)
-        # DeepSpeed would try out at start, with compilers, which of its own operators this machine can build; none is used here.
-        # On a CPU it would then build one, a shared-memory reduction, which takes half a minute.
-        deepspeed.ops.__compatible_ops__ = {}
-        with launcher_variables(group.ranks):
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    # DeepSpeed would use torch's GradScaler for fp16, but never unscales at ZeRO 1 and 2; LossScale replaces it.
-    engine.torch_autocast_z0_gradscaler = None
-    if stage:
-        engine.optimizer.torch_autocast_gradscaler = None
-    return engine
-
-
-@contextlib.contextmanager
-def _without_mlflow() -> Iterator[None]:
-    """DeepSpeed's autotuner, used by nobody here, imports MLflow where it is there: two fifths of what a start imports."""
-    if "mlflow" in sys.modules:
-        yield
-        return
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # what makes an import fail
-    try:
-        yield
-    finally:
-        del sys.modules["mlflow"]
+        set_state(parameter, key, value, self._own_partition if self.stage == 3 else None)

@@ -1,17 +1,21 @@
-"""What interrupts a run: requests to stop, and steps whose gradient is not finite."""
+"""What interrupts a run: requests to stop, steps whose gradient is not finite, a GPU that cannot be used any more."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
+import traceback
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from dist_train.distributed.fault_report import exit_code_for
 from dist_train.distributed.group import Group
 from dist_train.distributed.launcher import Launcher
-from dist_train.errors import TrainingError
+from dist_train.errors import TrainingError, UserError
 from dist_train.training.checkpoint import Progress
 from dist_train.training.loss_scale import LossScale
 
@@ -97,3 +101,31 @@ class SkippedSteps:
                 f"{progress.skipped_in_a_row} steps in a row had a gradient that is not finite (step {progress.step}); the weights and the "
                 "last checkpoint are from before; lower optim.lr, set optim.max_grad_norm, or try train.precision fp32"
             )
+
+
+def works(device: torch.device) -> bool:
+    """Whether this process can still use the device: after a fault in a kernel, a process cannot use its GPU again."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def end_without_gpu(error: Exception) -> NoReturn:
+    """End the process with its error, closing nothing that is on a GPU.
+
+    DALI and nvJPEG would report every buffer that they cannot free, and then abort, which hides the error among thousands of lines.
+    """
+    if isinstance(error, UserError):
+        log.error("dist-train train: %s", error)
+    else:
+        log.error(
+            "%sthe GPU cannot be used any more by this process; CUDA_LAUNCH_BLOCKING=1 shows the operation that failed",
+            "".join(traceback.format_exception(error)),
+        )
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code_for(error))

@@ -22,6 +22,7 @@ from dist_train.tracking.progress import Display
 from dist_train.tracking.tracker import Tracker
 from dist_train.training import checkpoint
 from dist_train.training.checkpoint import Progress
+from dist_train.training.cuda_graph import takes_cuda_graphs
 from dist_train.training.preflight import Preflight
 from dist_train.training.resume import ResumePoint
 from dist_train.training.validation import Validation, report_json, table
@@ -176,7 +177,8 @@ class RunFolder:
             train.micro_batch,
             train.precision,
             f"{ready.zero_stage} ({train.zero_stage})" if train.zero_stage == "auto" else ready.zero_stage,
-            self._group.device.type,
+            self._group.device.type
+            + (" with CUDA graphs" if takes_cuda_graphs(self._config, ready.zero_stage, self._group.device) else ""),
         )
         left_out = [*ready.train.quarantine_notes, *ready.val.quarantine_notes]
         for note in (*left_out, *self._quarantine.changes(ready.train, ready.val), *notes):

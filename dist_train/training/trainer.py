@@ -21,7 +21,7 @@ from dist_train.training.checkpointer import Checkpointer
 from dist_train.training.determinism import explain_nondeterministic_operations
 from dist_train.training.engine import Engine, Update
 from dist_train.training.epoch_end import EpochEnd
-from dist_train.training.health import SkippedSteps, StopRequests
+from dist_train.training.health import SkippedSteps, StopRequests, end_without_gpu, works
 from dist_train.training.memory import explain_out_of_memory, peak_memory
 from dist_train.training.meter import Meter, StepClock
 from dist_train.training.outside_teachers import OutsideTeachers, share_averages
@@ -126,6 +126,9 @@ class Trainer:
         except Exception as error:
             # Before anything is closed, which may wait for a server: the other ranks wait for this report.
             self.watchdog.fail(error)
+            if not works(self.group.device):
+                self.run_folder.close(status)
+                end_without_gpu(error)
             raise
         finally:
             self.close(status)

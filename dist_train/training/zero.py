@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dist_train.config import Config, accumulation_steps
-from dist_train.distributed.group import Group
+from dist_train.distributed.group import Group, launcher_variables
 from dist_train.training.optim import state_names
 
 LARGEST_BUCKET = 25_000_000
@@ -22,11 +28,11 @@ PARTITIONED_FROM = 2**30
 def chosen_stage(config: Config, model: nn.Module, world_size: int) -> int:
     """The ZeRO stage of a run; ``auto`` partitions the optimizer's state where the memory saved is worth the time.
 
-    ZeRO 1 costs host time in every step for bookkeeping, which small networks cannot hide.  PCGrad needs stage 0.
+    ZeRO 1 costs host time in every step for bookkeeping, which small networks cannot hide.  PCGrad and CUDA graphs need stage 0.
     """
     if config.train.zero_stage != "auto":
         return config.train.zero_stage
-    if config.optim.exit_gradients == "pcgrad":
+    if config.optim.exit_gradients == "pcgrad" or config.train.cuda_graphs is True:
         return 0
     state = 4 * sum(parameter.numel() for parameter in model.parameters()) * len(state_names(config.optim))
     return 1 if state >= PARTITIONED_FROM and world_size > 1 else 0
@@ -78,6 +84,88 @@ def deepspeed_settings(config: Config, model: nn.Module, stage: int, group: Grou
     }
 
 
+def initialize_deepspeed(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, stage: int, group: Group
+) -> Any:
+    """DeepSpeed's engine around a network and its optimizer, without what it would do by itself and nobody needs."""
+    settings = deepspeed_settings(config, model, stage, group)
+    if group.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _without_mlflow():
+            import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        # DeepSpeed would try out at start, with compilers, which of its own operators this machine can build; none is used here.
+        # On a CPU it would then build one, a shared-memory reduction, which takes half a minute.
+        deepspeed.ops.__compatible_ops__ = {}
+        with launcher_variables(group.ranks):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    # DeepSpeed would use torch's GradScaler for fp16, but never unscales at ZeRO 1 and 2; LossScale replaces it.
+    engine.torch_autocast_z0_gradscaler = None
+    if stage:
+        engine.optimizer.torch_autocast_gradscaler = None
+    return engine
+
+
+@contextlib.contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """DeepSpeed's autotuner, used by nobody here, imports MLflow where it is there: two fifths of what a start imports."""
+    if "mlflow" in sys.modules:
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # what makes an import fail
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
+
+
+def reduce_in_few_calls(engine: Any, parameters: Sequence[nn.Parameter], group: Group) -> None:
+    """Have stage 0 average its gradients, and forget them, without a search of the modules and a copy for each parameter.
+
+    Args:
+        engine: DeepSpeed's, at stage 0.
+        parameters: all that may train.
+        group: the ranks; one alone has nothing to average.
+    """
+
+    def average(*_: Any, **__: Any) -> None:
+        gradients = []
+        for parameter in parameters:
+            if parameter.requires_grad:
+                # The ranks reduce the same sizes, and the optimizer decays a weight whose gradient is zero.
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        if group.ranks.world_size == 1:
+            return
+        for bucket in in_buckets(gradients, LARGEST_BUCKET):
+            flat = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
+            group.sum(flat).mul_(1 / group.ranks.world_size)
+            torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))  # type: ignore[no-untyped-call]
+
+    def forget() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    engine.buffered_allreduce_fallback, engine.zero_grad = average, forget
+
+
+def in_buckets(tensors: Sequence[torch.Tensor], elements: int) -> list[list[torch.Tensor]]:
+    """Tensors in their order, in lists of at most so many elements, or of one larger tensor."""
+    buckets: list[list[torch.Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not buckets or size + tensor.numel() > elements:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.numel()
+    return buckets
+
+
 def wait_once_per_update(optimizer: Any, max_grad_norm: float | None, scale_of_loss: Callable[[], float]) -> None:
     """Have ZeRO 1 and 2 wait for the device once per update, for the gradient's norm, instead of three times.
 
@@ -100,3 +188,72 @@ def wait_once_per_update(optimizer: Any, max_grad_norm: float | None, scale_of_l
     optimizer.check_grad_overflow = False
     optimizer.scaled_global_norm = lambda: float(device_norm())
     optimizer.unscale_and_clip_grads = unscale_and_clip
+
+
+@contextlib.contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Parameters that stage 3 partitions, whole on every rank. All ranks must enter."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
+
+
+def whole_state(parameter: nn.Parameter, key: str) -> torch.Tensor:
+    """The optimizer's state of a parameter at stages 1 to 3, whole. All ranks must call."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    trains = parameter.requires_grad
+    # At stage 3 DeepSpeed gives no state of a frozen parameter.
+    parameter.requires_grad_()
+    try:
+        state: torch.Tensor = safe_get_full_optimizer_state(parameter, key)
+        return state
+    finally:
+        parameter.requires_grad_(trains)
+
+
+def set_state(
+    parameter: nn.Parameter,
+    key: str,
+    value: torch.Tensor,
+    own_partition: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+) -> None:
+    """Set the optimizer's state of a parameter at stages 1 to 3 to the whole tensor ``value``.
+
+    Args:
+        own_partition: at stage 3 the function that gives this rank's partition of a whole tensor, of the size of another one.
+    """
+    from deepspeed.utils import (
+        safe_get_local_optimizer_state,
+        safe_set_full_optimizer_state,
+        safe_set_local_optimizer_state,
+    )
+
+    if own_partition is None:
+        safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # DeepSpeed's full setter fails for a parameter whose size the ranks do not divide: the last partition is padded.
+    partition = own_partition(value, safe_get_local_optimizer_state(parameter, key))
+    safe_set_local_optimizer_state(parameter, partition, key)
+
+
+def keep_batch_norms_from_cudnn(model: nn.Module) -> None:
+    """Have batch norms computed by PyTorch's own kernels, not by cuDNN, in forward passes from now on, and what follows from them.
+
+    ZeRO puts all parameters of a rank side by side into one buffer, so most begin at a multiple of 4 bytes only; cuDNN's batch
+    norm, which PyTorch takes in float32 and fp16, reads 16 bytes at a time and ends the process with a misaligned address.
+    """
+    enabled: list[bool] = []
+
+    def before(*_: Any) -> None:
+        enabled.append(torch.backends.cudnn.enabled)
+        torch.backends.cudnn.enabled = False
+
+    def after(*_: Any) -> None:
+        torch.backends.cudnn.enabled = enabled.pop()
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after, always_call=True)

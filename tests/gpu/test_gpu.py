@@ -1,6 +1,7 @@
 """What a GPU has to confirm: every part of a run works, is right, resumes exactly, and does not wait where it need not."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dist_train.config import LossConfig
 from dist_train.config_file import dump_config, make_config
 from dist_train.loss import ExitDistillation
 from tests.common import ROOT, SMALL_MODEL
+from tests.dist_train.loss.test_kernel import CASES
 from tests.dist_train.training.test_resume import assert_same_state, state_at
 from tests.gpu.conftest import WANTED
 
@@ -55,6 +57,15 @@ def test_doctor_finds_everything_in_order(command, note, device):
             note(f"doctor: {line[:20].strip()}", line[20:].strip())
 
 
+def test_every_case_of_the_loss_kernels(device):
+    """Those of kernel_cases.py, which test_kernel.py runs in Triton's interpreter, against the operator on the CPU."""
+    if device.type == "cpu":
+        pytest.skip("test_kernel.py runs them in the interpreter")
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CASES]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("exits", "classes"), [(2, 10), (5, 1000), (11, 1000), (16, 100)])
 def test_the_objective_is_that_of_the_cpu(device, exits, classes, dtype):
@@ -86,6 +97,18 @@ def test_a_resumed_deterministic_run_is_the_uninterrupted_one_bit_for_bit(train,
     note(f"resumed = uninterrupted, ZeRO {stage}, {precision}", "bit for bit")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_run_with_cuda_graphs_is_the_run_without_bit_for_bit(train, note, gpus, precision):
+    """Two forward passes an update, whose gradients add up."""
+    options = {"zero_stage": 0, "precision": precision, "deterministic": True, "micro_batch": 16 // gpus}
+    if WANTED == "rehearsal" and precision != "bf16":
+        pytest.skip("one of them is rehearsed")
+    plain, _, _ = train("plain", 15, **options, cuda_graphs=False)
+    replayed, _, _ = train("replayed", 15, **options, cuda_graphs=WANTED != "rehearsal")
+    assert_same_state(state_at(plain, 15), state_at(replayed, 15))
+    note(f"with CUDA graphs = without, {precision}", "bit for bit")
+
+
 @pytest.mark.parametrize("decoder", ["gpu", "cpu"])
 def test_a_run_learns_with_either_decoder(train, note, device, decoder):
     if device.type == "cpu" and decoder == "gpu":
@@ -100,7 +123,7 @@ def test_a_run_learns_with_either_decoder(train, note, device, decoder):
     assert "ZeRO 0 (auto)" in said
 
 
-@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": False}, {"deterministic": True}, {"compile": True}], ids=str)
 def test_the_speed_of_a_cifar_network(train, note, options):
     if WANTED == "rehearsal" and options:
         pytest.skip("one of them is rehearsed")
@@ -148,10 +171,46 @@ def waits(kind):
     return counted
 
 
+FAULTY = """
+import torch
+from torch import nn
+
+class Faulty(nn.Module):
+    def forward(self, features):
+        place = torch.full((len(features), 1), 99 if features.is_cuda else 0, device=features.device)
+        return features + features.gather(1, place)
+
+def network(classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 15 * 15, classes), Faulty())
+"""
+
+
+def test_a_fault_on_the_gpu_ends_the_run_with_that_fault(digits, tmp_path, device):
+    """A place outside of a tensor, which a kernel of torch asserts; closing DALI after it would end in an abort."""
+    if device.type == "cpu":
+        pytest.skip("a CPU raises an exception")
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    config = make_config(
+        {
+            "runs": str(tmp_path),
+            "data": {"shards": str(digits)},
+            "model": {"name": "faulty:network", "exits": ["1"]},
+            "tracking": {"uri": "off"},
+        }
+    )
+    (tmp_path / "faulty.yaml").write_text(dump_config(config))
+    words = [sys.executable, "-m", "launch.local", "-n", "1", "faulty.yaml"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "device-side assert" in done.stderr
+    assert "nvjpeg" not in done.stderr, done.stderr[-4000:]
+
+
 def test_running_out_of_memory_is_one_line(digits, tmp_path, device, command):
     if device.type == "cpu":
         pytest.skip("a CPU would swap")
-    micro = 1 << 20
+    micro = 1 << 16
     words = ["--data.shards", digits, "--train.micro_batch", micro, "--train.global_batch", micro, "--runs", tmp_path]
     wrapped = ["--data.last_batch", "wrap", "--data.image_size", 256, "--data.repeated_augment", 1]
     done = command("launch.local", "-n", 1, "configs/quickstart.yaml", *words, *wrapped, timeout=500)

@@ -11,7 +11,7 @@ from dist_train.models.parts import ALL
 from dist_train.training.engine import Engine
 from dist_train.training.loss_scale import UPDATES_BEFORE_RISE, LossScale
 from dist_train.training.preflight import check_device
-from dist_train.training.zero import chosen_stage
+from dist_train.training.zero import chosen_stage, in_buckets, keep_batch_norms_from_cudnn
 
 
 class TwoExits(nn.Module):
@@ -170,6 +170,32 @@ def test_the_host_waits_for_the_device_once_per_update_and_never_for_all_of_it(r
         assert counted == [[{f"value read in {'zero' if zero else 'engine'}.py": 1} for zero, _ in calls]]
 
 
+def reduced(group, elements):
+    """Weights after three updates at stage 0: reduced by DeepSpeed itself, and by us in buckets of so many elements."""
+    results = []
+    for ours in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dist_train.training.zero.LARGEST_BUCKET", elements)
+            engine = start(group, settings(0, optimizer="sgd", weight_decay=0.1))
+            if not ours:
+                del engine._deepspeed.buffered_allreduce_fallback, engine._deepspeed.zero_grad
+            for number in range(3):
+                step(engine, number)
+            results.append(engine.weights())
+    return all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items() if "running" not in name)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stage_0_reduces_as_deepspeed_does_in_any_buckets(ranks, processes):
+    assert ranks(in_group, processes, "reduced", [(10,), (200,), (10**6,)]) == [[True] * 3] * processes
+
+
+def test_buckets_keep_the_order_and_their_size():
+    tensors = [torch.zeros(size) for size in (3, 4, 10, 1, 1)]
+    assert [[len(one) for one in bucket] for bucket in in_buckets(tensors, 7)] == [[3, 4], [10], [1, 1]]
+    assert in_buckets([], 7) == []
+
+
 def buffers(group):
     engine = start(group, settings(1))
     step(engine, 0)
@@ -266,3 +292,27 @@ def test_what_a_cpu_cannot_do_is_refused():
     config = make_config({"data": {"shards": "none"}, "train": {"sync_bn": True}})
     with pytest.raises(ConfigError, match="sync_bn is true, which needs a GPU"):
         check_device(config, torch.device("cpu"))
+
+
+def test_batch_norms_are_kept_from_cudnn_and_nothing_else_is(monkeypatch):
+    seen = []
+
+    class Sees(nn.Module):
+        def forward(self, features):
+            seen.append(torch.backends.cudnn.enabled)
+            return features
+
+    class Norm(nn.BatchNorm2d):
+        def forward(self, features):
+            seen.append(torch.backends.cudnn.enabled)
+            if features.isnan().any():
+                raise ValueError("not a number")
+            return super().forward(features)
+
+    network = nn.Sequential(Sees(), Norm(3), Sees())
+    keep_batch_norms_from_cudnn(network)
+    network(torch.zeros(2, 3, 4, 4))
+    assert seen == [True, False, True]
+    with pytest.raises(ValueError, match="not a number"):
+        network(torch.full((2, 3, 4, 4), torch.nan))
+    assert torch.backends.cudnn.enabled

@@ -13,8 +13,9 @@ import torch
 from dist_train.distributed.launcher import LAUNCHER, Launcher, free_port, launcher_variable, started_at
 from dist_train.errors import TrainingError
 from dist_train.training.checkpoint import Progress
-from dist_train.training.health import SkippedSteps, StopRequests
+from dist_train.training.health import SkippedSteps, StopRequests, works
 from dist_train.training.loss_scale import LossScale
+from tests.common import ROOT
 
 
 class Alone:
@@ -94,3 +95,38 @@ def test_a_launcher_that_has_ended_is_noticed_and_its_number_given_again_is_not_
     while not watched.is_gone:
         watched._looked = -100.0
     child.wait()
+
+
+LOST = """
+import atexit, logging
+from dist_train.errors import DataError
+from dist_train.training.health import end_without_gpu
+logging.basicConfig(format="%(message)s")
+atexit.register(print, "closed")
+try:
+    raise {error}
+except Exception as error:
+    end_without_gpu(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            "RuntimeError('CUDA error: misaligned address')",
+            1,
+            "RuntimeError: CUDA error: misaligned address\nthe GPU cannot be",
+        ),
+        ("DataError('no such image')", 2, "dist-train train: no such image\n"),
+    ],
+)
+def test_a_process_whose_gpu_is_lost_ends_with_its_error_and_closes_nothing(error, code, said):
+    done = subprocess.run([sys.executable, "-c", LOST.format(error=error)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "closed" not in done.stdout
+
+
+def test_a_cpu_always_works():
+    assert works(torch.device("cpu"))
