@@ -1,7 +1,7 @@
 """What the Triton kernels of the objective share, and the one file that imports Triton.
 
-``gpu_single_pass`` is for hard labels and the fixed rules of teachers, up to a few thousand classes; ``gpu_general`` takes
-everything else; ``gpu_launch`` chooses between them.  Both compute with powers of 2, which is what the hardware has:
+``gpu_single_pass`` is for integer labels and the fixed rules of teachers, up to a few thousand classes; ``gpu_general`` takes
+soft targets, explicit teachers and more classes; ``gpu_launch`` chooses between them.  Both compute with powers of 2, which is what the hardware has:
 ``x`` is an exponent, log2(e) / T times a logit.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
 LANES = tl.constexpr(32)  # what there is one of per exit is kept in vectors with an exit per lane
-VALUES = tl.constexpr(8)  # such vectors per sample, see gpu_single_pass
+VALUES = tl.constexpr(9)  # such vectors per sample, see gpu_single_pass
 SUMS = tl.constexpr(9)  # such vectors per program, see add_sample
 
 
@@ -78,6 +78,30 @@ def check_label(label, K: tl.constexpr):
 def label_factor(scale, has_label, is_valid):
     """The factor of a sample's label loss; a label out of range makes the gradient and the loss NaN."""
     return tl.where(is_valid, scale, tl.where(has_label, float("nan"), 0.0))
+
+
+@triton.jit
+def read_labels(n, targets, K: tl.constexpr):
+    """(label, second label, weight of the first) of a sample, whether it has a label, whether it is in range."""
+    label, has_label, is_valid = check_label(tl.load(targets.labels + n), K)
+    second, lam = label, 1.0
+    if targets.second is not None:
+        lam = tl.load(targets.lam + n).to(tl.float32)
+        second, has_second, second_is_valid = check_label(tl.load(targets.second + n), K)
+        # A sample with one label of two is unlabeled, unless that one is out of range.
+        is_wrong = (has_label & (is_valid == 0)) | (has_second & (second_is_valid == 0))
+        has_label = (has_label & has_second) | is_wrong
+        is_valid = is_valid & second_is_valid
+    return (label, second, lam), has_label, is_valid
+
+
+@triton.jit
+def read_weight(n, targets):
+    """The weight of a sample."""
+    weight = 1.0
+    if targets.weights is not None:
+        weight = tl.load(targets.weights + n).to(tl.float32)
+    return weight
 
 
 @triton.jit

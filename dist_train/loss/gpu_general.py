@@ -13,12 +13,13 @@ from dist_train.loss.gpu import (
     MASKED,
     SUMS,
     add_sample,
-    check_label,
     exp2_below,
     is_student,
     is_teacher,
     label_factor,
     put,
+    read_labels,
+    read_weight,
     reciprocal,
     store_sums,
     teacher_share,
@@ -57,9 +58,7 @@ def general_kernel(
     for number in range(tl.program_id(0), samples, tl.num_programs(0)):
         n = number + tl.zeros([], tl.int64)
         labels, target_sum, has_label, is_valid = _read_labels(n, targets, K, BLOCK_K)
-        weight = 1.0
-        if targets.weights is not None:
-            weight = tl.load(targets.weights + n).to(tl.float32)
+        weight = read_weight(n, targets)
         factor = weight * label_factor(label_scale, has_label, is_valid)
         columns, softmaxes = zeros(5), ((), (), (), ())
         for m in tl.static_range(M):
@@ -112,16 +111,8 @@ def _read_labels(n, targets, K: tl.constexpr, BLOCK_K: tl.constexpr):
         # As an integer, because Triton's interpreter cannot spread a comparison of floats over lanes.
         has_label = tl.where(target_sum > 0, 1, 0) == 1
         return (label, label, 1.0), target_sum, has_label, has_label
-    label, has_label, is_valid = check_label(tl.load(targets.labels + n), K)
-    second, lam = label, 1.0
-    if targets.second is not None:
-        lam = tl.load(targets.lam + n).to(tl.float32)
-        second, has_second, second_is_valid = check_label(tl.load(targets.second + n), K)
-        # A sample with one label of two is unlabeled, unless that one is out of range.
-        is_wrong = (has_label & (is_valid == 0)) | (has_second & (second_is_valid == 0))
-        has_label = (has_label & has_second) | is_wrong
-        is_valid = is_valid & second_is_valid
-    return (label, second, lam), 1.0, has_label, is_valid
+    labels, has_label, is_valid = read_labels(n, targets, K)
+    return labels, 1.0, has_label, is_valid
 
 
 @triton.jit

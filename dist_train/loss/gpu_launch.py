@@ -82,9 +82,14 @@ def choose_kernel(num_exits: int, classes: int, targets: Targets, options: LossO
     A warp has up to 1024 classes in registers, 32 in each thread; with more warps per sample, sums need barriers.
     """
     block = 1 << (classes - 1).bit_length()
-    is_plain = not targets.labels.is_floating_point() and targets.second is None and targets.weights is None
-    if is_plain and not options.smoothing and options.rule != "matrix" and num_exits <= LANES.value and block <= 4096:
-        constants = {"RULE": options.rule, "BLOCK_K": block, "num_warps": max(1, block // 1024)}
+    if (
+        not targets.labels.is_floating_point()
+        and options.rule != "matrix"
+        and num_exits <= LANES.value
+        and block <= 4096
+    ):
+        objective = (options.rule, options.smoothing)
+        constants = {"OBJECTIVE": objective, "BLOCK_K": block, "num_warps": max(1, block // 1024)}
         return single_pass_kernel, constants | _compiler_options(more_registers=True)
     # The matrix holds the weights of any teachers.
     rule = "matrix" if options.rule == "ensemble" else options.rule

@@ -1,4 +1,4 @@
-"""The objective with each logit read once and kept in registers, for hard labels and fixed rules of teachers.
+"""The objective with each logit read once and kept in registers, for integer labels and fixed rules of teachers.
 
 The mixture of the teachers is carried along from the last exit to the first, so the work is linear in the exits.
 """
@@ -16,10 +16,11 @@ from dist_train.loss.gpu import (
     SUMS,
     VALUES,
     add_sample,
-    check_label,
     exp2_below,
     label_factor,
     put,
+    read_labels,
+    read_weight,
     reciprocal,
     store_sums,
     tl,
@@ -40,44 +41,52 @@ def single_pass_kernel(
     grad_scale,
     M: tl.constexpr,
     K: tl.constexpr,
-    RULE: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Sums over the samples of one program, into its rows of ``partials``, and each sample's gradient times grad_scale.
 
     Args:
         logits: M pointers to contiguous [samples, K].
-        targets, exits: :class:`Targets`, of which the labels alone are read, and :class:`ExitWeights`.
+        targets, exits: :class:`Targets`, with integer labels, and :class:`ExitWeights`.
         partials: [programs, SUMS, width(M)] float32.
         grads: [samples, M, K] in the dtype of the logits, or None.
+        OBJECTIVE: the rule of the teachers and the label smoothing.
     """
+    RULE: tl.constexpr = OBJECTIVE[0]
     lane = tl.arange(0, LANES)
-    sums, tensors = zeros(SUMS), (logits, exits, grads)
+    sums, tensors = zeros(SUMS), (logits, targets, exits, grads)
     label_scale = reciprocal(tl.load(exits.label_count).to(tl.float32))
     first = tl.program_id(0) + tl.zeros([], tl.int64)  # offsets of large batches need 64 bits
     row = _load_row(logits[M - 1] + first * K, K, BLOCK_K)
     for number in range(tl.program_id(0), samples, tl.num_programs(0)):
         n = number + tl.zeros([], tl.int64)
-        label, has_label, is_valid = check_label(tl.load(targets.labels + n), K)
-        factors = (label_factor(label_scale, has_label, is_valid) * grad_scale, grad_scale / samples)
+        labels, has_label, is_valid = read_labels(n, targets, K)
+        weight = read_weight(n, targets)
+        factor = weight * label_factor(label_scale, has_label, is_valid)
         mixture = (tl.zeros([BLOCK_K], tl.float32), 0.0)
         if RULE == "ensemble":
-            mixture = _ensemble(n, label, logits, exits, M, K, BLOCK_K)
-        sample = (n, label, factors, tl.minimum(n + tl.num_programs(0), samples - 1))
+            mixture = _ensemble(n, labels[0], logits, exits, M, K, BLOCK_K)
+        factors = (factor * grad_scale, weight * grad_scale / samples)
+        sample = (n, labels, factors, tl.minimum(n + tl.num_programs(0), samples - 1))
         # The last exit, then the others in a loop that is not unrolled: a sample's code has to fit into the instruction cache.
-        row, mixture, columns = _exit(row, mixture, zeros(VALUES), sample, tensors, M - 1, M, K, RULE, True)
+        row, mixture, columns = _exit(row, mixture, zeros(VALUES), sample, tensors, M - 1, M, K, OBJECTIVE, True)
         for step in range(1, M):
-            row, mixture, columns = _exit(row, mixture, columns, sample, tensors, M - 1 - step, M, K, RULE, False)
-        x_label, total, tempered_total, cross, entropy, gradient_at_label, rank, confidence = columns
+            row, mixture, columns = _exit(row, mixture, columns, sample, tensors, M - 1 - step, M, K, OBJECTIVE, False)
+        product, mean, total, tempered_total, cross, entropy, gradient_at_label, rank, confidence = columns
         is_finite = tl.min(tl.where((lane >= M) | (total < INFINITY), 1, 0)) > 0
         if grads is not None:
-            _write_labels(gradient_at_label, label, is_valid, is_finite, grads + n * (M * K), M, K)
-        # -ln p(label) = ln(total) - (z_label - top).
-        ce = tl.log2(total) * LN2 - tl.maximum(x_label * LN2, MASKED)
+            if is_one_hot(targets.second, OBJECTIVE):
+                _write_labels(gradient_at_label, labels[0], is_valid, grads + n * (M * K), M, K)
+            if is_finite == 0:
+                write_nan(grads + n * (M * K), M * K)
+        # CE(y, p) = ln(total) - sum_k y_k (z_k - top); with the uniform distribution of smoothing likewise.
+        log_total = tl.log2(total) * LN2
+        ce = log_total - product
+        smooth_ce = (1 - OBJECTIVE[1]) * ce + OBJECTIVE[1] * (log_total - mean)
         logs = (tl.log2(tempered_total), cross, entropy)
         flags = (has_label, is_valid, is_finite)
-        factor = label_factor(label_scale, has_label, is_valid)
-        sums = add_sample(sums, (ce, ce), logs, rank, confidence, (factor, 1.0), flags, exits, M)
+        sums = add_sample(sums, (ce, smooth_ce), logs, rank, confidence, (factor, weight), flags, exits, M)
     store_sums(sums, partials, M)
 
 
@@ -91,19 +100,21 @@ def _exit(
     m,
     M: tl.constexpr,
     K: tl.constexpr,
-    RULE: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
     IS_LAST: tl.constexpr,
 ):
     """Writes the gradient of exit ``m`` of a sample; gives the row of logits that comes next, the mixture, the columns.
 
     ``mixture`` is the sum of the later exits' tempered probabilities that teach this one, and its value at the label; with
-    the rule ``ensemble``, the mean over all.  The columns, with an exit per lane: exponent of the label, sums of
-    exponentials at temperature 1 and at the exit's own, products of the exponents with the mixture and with the exit's own
-    probabilities, gradient at the label, rank of the label, confidence.
+    the rule ``ensemble``, the mean over all.  The columns, with an exit per lane: product of target and logits less their
+    maximum, mean of those logits (0 without smoothing), sums of exponentials at temperature 1 and at the exit's own, products
+    of the exponents with the mixture and with the exit's own probabilities, gradient at the label, rank of the label, confidence.
     """
+    RULE: tl.constexpr = OBJECTIVE[0]
     BLOCK_K: tl.constexpr = row.shape[0]
-    logits, exits, grads = tensors
-    n, label, factors, next_n = sample
+    logits, targets, exits, grads = tensors
+    n, labels, factors, next_n = sample
+    label = tl.where(labels[2] >= 0.5, labels[0], labels[1]) if targets.second is not None else labels[0]
     z = _to_float(row, K)
     this_row = _pointer(logits, m, M) + n * K
     # The next exit's row, or the next sample's first one, is on its way while this one is worked on.
@@ -115,18 +126,49 @@ def _exit(
     gradient, mixture, values = _distill(z, top, label_logit, mixture, exits, factors[1], m, M, RULE, IS_LAST)
     rank = _break_ties(rank, z, this_row, label, label_logit)
     exps, _ = exp2_below(z, top, LOG2E)
-    exp_label, x_label = exp2_below(label_logit, top, LOG2E)
     total = tl.where(top > 0.5 * MASKED, tl.sum(exps), float("nan"))  # NaN also where all classes are masked
-    # CE(label, p) has the gradient p - one_hot(label); the one-hot part is only in gradient_at_label.
+    # CE(y, p) has the gradient p - y.
     label_weight = tl.load(exits.label_weights + m) * factors[0]
     weight = label_weight * reciprocal(total)
-    gradient_at_label = gradient[1] + exp_label * weight - label_weight
+    everywhere, at_label, mean = gradient[0] + exps * weight, 0.0, 0.0
+    if is_one_hot(targets.second, OBJECTIVE):
+        # The label's part is written over it at the end, which takes less than a comparison of each class with the label.
+        exp_label, x_label = exp2_below(label_logit, top, LOG2E)
+        product = tl.maximum(x_label * LN2, MASKED)
+        at_label = gradient[1] + exp_label * weight - label_weight
+    else:
+        target, product, mean = _target(z, top, this_row, labels, K, OBJECTIVE[1])
+        everywhere -= target * label_weight
     if grads is not None:
         k = tl.arange(0, BLOCK_K)
-        written = (gradient[0] + exps * weight).to(grads.dtype.element_ty)
-        tl.store(grads + (n * M + m) * K + k, written, mask=k < K)
-    values = (x_label, total, values[0], values[1], values[2], gradient_at_label, rank.to(tl.float32), values[3])
+        tl.store(grads + (n * M + m) * K + k, everywhere.to(grads.dtype.element_ty), mask=k < K)
+    values = (product, mean, total, values[0], values[1], values[2], at_label, rank.to(tl.float32), values[3])
     return row, mixture, put(tl.arange(0, LANES) == m, values, columns)
+
+
+@triton.constexpr_function
+def is_one_hot(second, objective):
+    """Whether the target of a sample is one label."""
+    return second is None and objective[1] == 0
+
+
+@triton.jit
+def _target(z, top, row, labels, K: tl.constexpr, SMOOTHING: tl.constexpr):
+    """The target at every class; the product of the target before smoothing and the logits less ``top``, and their mean.
+
+    Smoothing is over the classes that are not masked, and so is the mean.
+    """
+    label, second, lam = labels
+    k = tl.arange(0, z.shape[0])
+    target, mean = tl.where(k == label, lam, 0.0) + tl.where(k == second, 1 - lam, 0.0), 0.0
+    product = lam * tl.maximum(tl.load(row + label).to(tl.float32) - top, MASKED)
+    product += (1 - lam) * tl.maximum(tl.load(row + second).to(tl.float32) - top, MASKED)
+    if SMOOTHING > 0:
+        is_open = (z > -INFINITY) & (k < K)
+        share = reciprocal(tl.sum(is_open.to(tl.float32)))
+        mean = tl.sum(tl.where(is_open, z - top, 0.0)) * share
+        target = (1 - SMOOTHING) * target + tl.where(is_open, SMOOTHING * share, 0.0)
+    return target, product, mean
 
 
 @triton.jit
@@ -230,16 +272,11 @@ def _ensemble(n, label, logits, exits, M: tl.constexpr, K: tl.constexpr, BLOCK_K
 
 
 @triton.jit
-def _write_labels(gradient, label, is_valid, is_finite, grads, M: tl.constexpr, K: tl.constexpr):
-    """Writes the label's own part of all exits' gradients over what is there; NaN everywhere if the sample is not finite.
-
-    One number per exit takes less than a comparison of each class with the label.
-    """
+def _write_labels(gradient, label, is_valid, grads, M: tl.constexpr, K: tl.constexpr):
+    """Writes the gradient at the label of all exits over what is there."""
     lane = tl.arange(0, LANES)
     tl.debug_barrier()  # other threads have written the rows
     tl.store(grads + lane * K + label, gradient.to(grads.dtype.element_ty), mask=lane < tl.where(is_valid, M, 0))
-    if is_finite == 0:
-        write_nan(grads, M * K)
 
 
 @triton.jit

@@ -88,7 +88,7 @@ RULES = ["last", "next", "later", "ensemble", "none", ((0, 0.5, 0, 1), (0, 0, 0,
 @pytest.mark.parametrize("fields", [{}, {"distill_loss": "kl", "temperature": (1.0, 0.5, 3.0, 1.0)}], ids=str)
 @pytest.mark.parametrize("teachers", RULES, ids=str)
 def test_rules_of_teachers(teachers, fields):
-    """The fixed rules in one pass, and the same with sample weights of 1, which the general kernel takes."""
+    """The fixed rules, and the same with sample weights of 1."""
     logits, targets = random_logits(4, 5, 40), torch.tensor([3, -100, 39, 0, 20])
     given = arguments(logits, targets, teachers=teachers, **fields)
     assert_same(given)
@@ -151,17 +151,32 @@ def test_objectives(fields):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("kind", ["labels", "soft", "mix"])
-def test_targets(kind, smoothing, weighted):
-    logits = random_logits(3, 4, 40)
-    targets, second, share = torch.tensor([1, -100, 39, 0]), None, None
+@pytest.mark.parametrize(
+    ("kind", "classes"), [("labels", 40), ("mix", 40), ("soft", 40), ("labels", 4100), ("mix", 4100)]
+)
+def test_targets(kind, classes, smoothing, weighted):
+    """Integer labels in a single pass, and with many classes by the general kernel."""
+    logits = random_logits(3, 5, classes)
+    targets, second, share = torch.tensor([1, -100, 39, 0, 20]), None, None
     if kind == "soft":
-        targets = torch.rand(4, 40).softmax(1)
+        targets = torch.rand(5, 40).softmax(1)
         targets[2] = 0
     elif kind == "mix":
-        second, share = torch.tensor([2, 3, -100, 7]), torch.rand(4)
-    weights = torch.rand(4) if weighted else None
+        # The last sample is mixed with one of its own class.
+        second, share = torch.tensor([2, 3, -100, 7, 20]), torch.rand(5)
+    weights = torch.rand(5) if weighted else None
     assert_same(arguments(logits, targets, second, share, weights, label_smoothing=smoothing))
+
+
+@pytest.mark.parametrize("teachers", ["last", "next", "later", "ensemble", "none"])
+def test_smoothed_and_mixed_targets_with_masked_classes(teachers):
+    """Smoothing is over the classes that are not masked; a second label that is masked has an infinite loss."""
+    logits = random_logits(3, 4, 40)
+    for z in logits:
+        z[:, 3::7] = -torch.inf
+    targets, second, share = torch.tensor([1, 5, -100, 4]), torch.tensor([2, 6, 7, 8]), torch.rand(4)
+    assert_same(arguments(logits, targets, second, share, teachers=teachers, label_smoothing=0.1))
+    assert_same(arguments(logits, targets, teachers=teachers, label_smoothing=0.1))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

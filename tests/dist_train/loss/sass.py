@@ -66,7 +66,7 @@ def compile_kernel(path, exits, classes, dtype, rule="last", smoothing=0.0, targ
     usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # The single pass loops over the exits before the last one, the general kernel over parts of the classes.
-    trips = exits - 1 if "RULE" in settings else -(-classes // settings["BLOCK_K"])
+    trips = -(-classes // settings["BLOCK_K"]) if "THREADS" in settings else exits - 1
     return Kernel(kernel.fn.__name__, registers, stack, count_sample(path, trips), code_bytes(path))
 
 

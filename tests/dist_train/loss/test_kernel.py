@@ -54,6 +54,8 @@ def test_compiled_without_spilled_registers(compiled, architecture, exits, class
         (5, "ensemble", 0.0, "labels"),
         (16, "last", 0.0, "labels"),
         (32, "later", 0.0, "labels"),
+        (5, "last", 0.1, "mix"),
+        (11, "last", 0.1, "labels"),
         (11, "matrix", 0.1, "mix"),
     ],
 )
