@@ -40,10 +40,12 @@ class LossRow:
     dtype: str
     way: str
     milliseconds: float
+    gpu_milliseconds: float | None
+    """The same replayed as a CUDA graph, without the host, which takes longer than the GPU for small batches."""
     least_bytes: int
     """Every logit read once, every gradient written once."""
     share_of_copy: float
-    """``least_bytes`` / time, of the bandwidth of a copy in the same rounds."""
+    """``least_bytes`` / time, of the bandwidth of a copy in the same rounds; on a GPU both without the host."""
     extra_bytes: int | None
     """Peak memory beyond the logits, the returned gradient included; None on the CPU."""
     speedup: dict[str, float]
@@ -103,7 +105,7 @@ def bench_loss(json_path: str | Path | None = None, shapes: Sequence[tuple[int, 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; forward and backward with all statistics, teachers: all later exits")
     print(
-        f"{'exits x batch x classes':>24}  dtype     way             ms   least MB   of copy   extra MB   time / fused"
+        f"{'exits x batch x classes':>24}  dtype     way             ms   GPU alone   least MB   of copy   extra MB   time / fused"
     )
     rows: list[LossRow] = []
     for shape in shapes:
@@ -141,7 +143,9 @@ def _measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
     steps = {way: _step(objective, logits, targets) for way, objective in ways.items()}
     source = torch.cat([z.detach().view(-1) for z in logits])
     destination = torch.empty_like(source)
-    seconds = _interleave({**steps, "copy": lambda: destination.copy_(source)}, device)
+    copy = {"copy": lambda: destination.copy_(source)}
+    seconds = _interleave({**steps, **copy}, device)
+    alone = {way: _gpu_alone(way, step, device) for way, step in {**steps, **copy}.items()}
     least = 2 * source.numel() * source.element_size()
     # A copy moves as many bytes as the objective has to: it reads all logits and writes as much.
     rows = [
@@ -152,8 +156,9 @@ def _measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
             str(dtype).removeprefix("torch."),
             way,
             1e3 * seconds[way],
+            alone[way],
             least,
-            seconds["copy"] / seconds[way],
+            (alone["copy"] or 1e3 * seconds["copy"]) / (alone[way] or 1e3 * seconds[way]),
             _extra_memory(step, device),
             {other: seconds[other] / seconds[way] for other in ways if other != way},
         )
@@ -192,6 +197,15 @@ def _seconds(step: Callable[[], object], device: torch.device, repeats: int) -> 
     return (time.perf_counter() - start) / repeats
 
 
+def _gpu_alone(way: str, step: Callable[[], object], device: torch.device) -> float | None:
+    """Median milliseconds of a step's kernels, replayed as a CUDA graph; None on a CPU, and for what cannot be recorded."""
+    if device.type == "cpu" or way == "liger pairs":
+        return None
+    from dist_train.loss.gpu import triton
+
+    return float(triton.testing.do_bench_cudagraph(step, rep=30, return_mode="median"))
+
+
 def _extra_memory(step: Callable[[], object], device: torch.device) -> int | None:
     if device.type == "cpu":
         return None
@@ -204,9 +218,10 @@ def _extra_memory(step: Callable[[], object], device: torch.device) -> int | Non
 
 def _print(row: LossRow, fused: float) -> None:
     shape = f"{row.exits} x {row.batch} x {row.classes}"
+    alone = "" if row.gpu_milliseconds is None else f"{row.gpu_milliseconds:.4f}"
     extra = "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.1f}"
     print(
-        f"{shape:>24}  {row.dtype:<8}  {row.way:<14} {row.milliseconds:>8.3f}  {row.least_bytes / 1e6:>8.1f}  "
+        f"{shape:>24}  {row.dtype:<8}  {row.way:<14} {row.milliseconds:>8.3f}  {alone:>10}  {row.least_bytes / 1e6:>8.1f}  "
         f"{100 * row.share_of_copy:>6.1f} %   {extra:>8}   {row.milliseconds / (1e3 * fused):>6.1f}"
     )
 

@@ -83,7 +83,6 @@ class NetworkGraphs:
     def __init__(
         self, network: nn.Module, images: Tensor, autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     ) -> None:
-        self.shape = images.shape
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._images = images.clone()
         buffers = [buffer.clone() for buffer in network.buffers()]
@@ -127,7 +126,12 @@ class NetworkGraphs:
             logits = forward()
         self._logit_gradients = [torch.empty_like(z) for z in logits]
         with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode="thread_local"):
-            self._gradients = backward(logits, self._logit_gradients)
+            made = backward(logits, self._logit_gradients)
+            # In the layout of their parameters: autograd would else copy them in every pass, with a launch for each.
+            self._gradients = [
+                g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+                for p, g in zip(self._parameters, made)
+            ]
         # Without what autograd knows of them, which belongs to the stream of the recording.
         self._logits = [z.detach() for z in logits]
         del logits

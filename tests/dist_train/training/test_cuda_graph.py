@@ -61,7 +61,7 @@ class OnTheCpu(NetworkGraphs):
     """Replays into the same tensors every time, as a GPU does."""
 
     def __init__(self, network, images, autocast):
-        self.shape, self._images = images.shape, images.clone()
+        self._images = images.clone()
         self._parameters = list(network.parameters())
         self._logits = [torch.empty(len(images), 5) for _ in range(2)]
         self._logit_gradients = [torch.empty_like(z) for z in self._logits]
