@@ -50,11 +50,13 @@ def estimate(
     statistics = sum(buffer.nbytes for buffer in model.buffers())
     states, part = len(state_names(config.optim)), network // world_size
     share = [part if stage >= needed else network for needed in (3, 2, 1)]
-    # Stage 0 flattens all gradients, or PCGrad keeps each exit's; 1 flattens a bucket of them; 2 has two buckets, and then the
-    # flat gradient of its own part; 3 has a bucket for gradients, what it has gathered and what it gathers ahead, at least one
-    # layer.
+    # Stage 0 flattens a bucket of gradients where there are ranks to sum with, or PCGrad keeps each exit's; 1 flattens a bucket;
+    # 2 has two buckets, and then the flat gradient of its own part; 3 has a bucket for gradients, what it has gathered and what
+    # it gathers ahead, at least one layer.
     live = max(bucket, network // 4)
-    first = _gradients_by_exit(model, config) if config.optim.exit_gradients == "pcgrad" else network
+    first = max([bucket, *sizes]) if world_size > 1 else 0
+    if config.optim.exit_gradients == "pcgrad":
+        first = _gradients_by_exit(model, config)
     buffers = (first, bucket, max(part, 2 * bucket - bucket // world_size), bucket + 2 * live + max(sizes, default=0))
     averages = network if config.optim.ema_decay is not None else 0
     return Memory(

@@ -145,6 +145,7 @@ def reduce_in_few_calls(engine: Any, parameters: Sequence[nn.Parameter], group: 
             flat = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
             group.sum(flat).mul_(1 / group.ranks.world_size)
             torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))  # type: ignore[no-untyped-call]
+            del flat  # before the next one is made
 
     def forget() -> None:
         for parameter in parameters:
