@@ -143,9 +143,9 @@ def _measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
     steps = {way: _step(objective, logits, targets) for way, objective in ways.items()}
     source = torch.cat([z.detach().view(-1) for z in logits])
     destination = torch.empty_like(source)
-    copy = {"copy": lambda: destination.copy_(source)}
-    seconds = _interleave({**steps, **copy}, device)
-    alone = {way: _gpu_alone(way, step, device) for way, step in {**steps, **copy}.items()}
+    timed = {**steps, "copy": lambda: destination.copy_(source)}
+    seconds = _interleave(timed, device)
+    alone = {way: _gpu_alone(way, step, device) for way, step in timed.items()}
     least = 2 * source.numel() * source.element_size()
     # A copy moves as many bytes as the objective has to: it reads all logits and writes as much.
     rows = [

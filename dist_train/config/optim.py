@@ -77,7 +77,7 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile the network with torch.compile."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Replay the network's forward and backward pass as CUDA graphs, at ZeRO 0, for the host launches slower than a GPU computes; auto: with msdnet and resnet."""
+    """Replay the network's forward and backward pass as CUDA graphs, at ZeRO 0: the host launches small operators more slowly than a GPU computes them; auto: with msdnet and resnet."""
     deterministic: bool = False
     """Deterministic algorithms alone, so that a run on GPUs can be repeated bit for bit; slower. On a CPU it is without."""
     eval_every: Positive = 1

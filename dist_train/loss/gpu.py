@@ -1,8 +1,8 @@
 """What the Triton kernels of the objective share, and the one file that imports Triton.
 
 ``gpu_single_pass`` is for integer labels and the fixed rules of teachers, up to a few thousand classes; ``gpu_general`` takes
-soft targets, explicit teachers and more classes; ``gpu_launch`` chooses between them.  Both compute with powers of 2, which is what the hardware has:
-``x`` is an exponent, log2(e) / T times a logit.
+soft targets, explicit teachers and more classes; ``gpu_launch`` chooses between them.  Both compute with powers of 2, which is
+what the hardware has: ``x`` is an exponent, log2(e) / T times a logit.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 # ruff: noqa: RUF005
@@ -22,26 +22,6 @@ INFINITY = tl.constexpr(float("inf"))
 LANES = tl.constexpr(32)  # what there is one of per exit is kept in vectors with an exit per lane
 VALUES = tl.constexpr(9)  # such vectors per sample, see gpu_single_pass
 SUMS = tl.constexpr(9)  # such vectors per program, see add_sample
-
-
-@triton.constexpr_function
-def is_student(rule, m, exits):
-    """Whether exit m has teachers; with an explicit matrix any exit may."""
-    return rule in ("ensemble", "matrix") or (rule != "none" and m < exits - 1)
-
-
-@triton.constexpr_function
-def is_teacher(rule, m, exits):
-    """Whether exit m teaches another one; with an explicit matrix any exit may."""
-    if rule == "last":
-        return m == exits - 1
-    return m > 0 if rule in ("next", "later") else rule != "none"
-
-
-@triton.constexpr_function
-def teacher_share(rule, m, exits):
-    """What the sum of the teachers' probabilities is multiplied by to be the mixture that exit m learns from."""
-    return 1 / max(exits - 1 - m, 1) if rule == "later" else 1.0
 
 
 @triton.jit

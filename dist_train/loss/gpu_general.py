@@ -14,15 +14,12 @@ from dist_train.loss.gpu import (
     SUMS,
     add_sample,
     exp2_below,
-    is_student,
-    is_teacher,
     label_factor,
     put,
     read_labels,
     read_weight,
     reciprocal,
     store_sums,
-    teacher_share,
     tl,
     triton,
     write_nan,
@@ -34,6 +31,26 @@ from dist_train.loss.gpu import (
 def is_soft(labels):
     """Whether the targets are distributions."""
     return labels.dtype.element_ty.is_floating()
+
+
+@triton.constexpr_function
+def is_student(rule, m, exits):
+    """Whether exit m has teachers; with an explicit matrix any exit may."""
+    return rule in ("ensemble", "matrix") or (rule != "none" and m < exits - 1)
+
+
+@triton.constexpr_function
+def is_teacher(rule, m, exits):
+    """Whether exit m teaches another one; with an explicit matrix any exit may."""
+    if rule == "last":
+        return m == exits - 1
+    return m > 0 if rule in ("next", "later") else rule != "none"
+
+
+@triton.constexpr_function
+def teacher_share(rule, m, exits):
+    """What the sum of the teachers' probabilities is multiplied by to be the mixture that exit m learns from."""
+    return 1 / max(exits - 1 - m, 1) if rule == "later" else 1.0
 
 
 @triton.constexpr_function

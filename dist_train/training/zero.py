@@ -240,7 +240,7 @@ def set_state(
 
 
 def keep_batch_norms_from_cudnn(model: nn.Module) -> None:
-    """Have batch norms computed by PyTorch's own kernels, not by cuDNN, in forward passes from now on, and what follows from them.
+    """Have batch norms computed by PyTorch's own kernels, not by cuDNN, in the forward passes from now on and their backward passes.
 
     ZeRO puts all parameters of a rank side by side into one buffer, so most begin at a multiple of 4 bytes only; cuDNN's batch
     norm, which PyTorch takes in float32 and fp16, reads 16 bytes at a time and ends the process with a misaligned address.

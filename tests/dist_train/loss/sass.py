@@ -67,21 +67,20 @@ def compile_kernel(path, exits, classes, dtype, rule="last", smoothing=0.0, targ
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # The single pass loops over the exits before the last one, the general kernel over parts of the classes.
     trips = -(-classes // settings["BLOCK_K"]) if "THREADS" in settings else exits - 1
-    return Kernel(kernel.fn.__name__, registers, stack, count_sample(path, trips), code_bytes(path))
+    text = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
+    return Kernel(kernel.fn.__name__, registers, stack, count_sample(text, trips), code_bytes(text))
 
 
-def code_bytes(cubin):
-    """Bytes of a cubin's machine code: 16 for each instruction of an H100, those that only fill it up included."""
-    text = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+def code_bytes(text):
+    """Bytes of disassembled machine code: 16 for each instruction of an H100, those that only fill it up included."""
     return 16 * len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", text, re.MULTILINE))
 
 
-def count_sample(cubin, trips):
+def count_sample(text, trips):
     """Instructions on the shortest way through the loop over samples, whose inner loops run ``trips`` times.
 
     Branches lead to what is rare: ties, masked classes, logits that are not finite.
     """
-    text = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     instructions, labels = [], {}
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
