@@ -104,13 +104,15 @@ def repackaged(
     Raises:
         UserError: as :func:`export`.
     """
-    with tempfile.TemporaryDirectory() as draft:
-        exported = export(path, point, form, Path(draft) / policies.FOLDER, shards)
-        try:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the folder, as all drafts are: a full /tmp is then not in the way, and a full disk is the one that is named.
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as draft:
+            exported = export(path, point, form, Path(draft) / policies.FOLDER, shards)
             with draft_folder_of(folder) as new:
                 yield exported, new
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}); give another --out") from None
 
 
 def _write(
@@ -131,7 +133,7 @@ def _write(
         format_: of the programs.
         images: [N, 3, S, S] to find ranges for int8; None: float32.
     """
-    with tempfile.TemporaryDirectory() as draft:
+    with tempfile.TemporaryDirectory(dir=folder) as draft:
         place = folder if format_ == "onnx" else Path(draft)
         names = write_programs(staged, image_size, place)
         stages = [place / name for name in names]

@@ -39,7 +39,7 @@ def write_single_graph(programs: Sequence[Path], policy: Thresholds, folder: Pat
     """
     stages = [onnx.load(program) for program in programs]
     exits, classes = len(stages), _shape(stages[0].graph.output[0])[1]
-    with tempfile.TemporaryDirectory() as draft:
+    with tempfile.TemporaryDirectory(dir=folder) as draft:
         decisions = []
         for number in range(exits - 1):
             given = (

@@ -41,6 +41,8 @@ POINTS = 100
 """Of the way, evenly in cost; a fixed sequence pays nothing for many."""
 LARGEST_BET = 0.75
 """Share of the wealth that a single image can take (Waudby-Smith & Ramdas, section 4.4)."""
+DIFFERENCE_PRICE = 0.5
+"""Hits that the way pays, for ``gap``, where an exit is right and the last one wrong or the other way round."""
 MOST_IMAGES = 10**7
 """Beyond this many, no number of images is named."""
 
@@ -241,6 +243,21 @@ def certify(
     return _Test(outputs, costs, targets, delta, classes).certificate()
 
 
+def _worth(outputs: Outputs, targets: Sequence[Target]) -> Flags | Floats:
+    """What the way counts as a hit, [N, M]: agreement with the last exit, the right class, or something of both."""
+    risks = {target.risk for target in targets}
+    if "consistency" in risks:
+        same: Flags = outputs.predictions == outputs.predictions[:, -1:]
+        return same
+    if "gap" not in risks:
+        return outputs.correct
+    # An exit that is right where the last is wrong makes up for one that is wrong where the last is right, but both add to
+    # the variance of the gap, and so to the images that its test needs: of the same gap, fewer differences are better.
+    correct = outputs.correct.astype(np.float64)
+    worth: Floats = correct - DIFFERENCE_PRICE * (correct != correct[:, -1:])
+    return worth
+
+
 class _Test:
     """The way fitted on one part of the images, and its points, from the cheapest on, tested on the other."""
 
@@ -251,9 +268,7 @@ class _Test:
         self.fit, self.test, self.costs = outputs.select(fit), outputs.select(test), costs
         self.targets, self.delta = targets, delta
         self.share = delta / len(targets)
-        agree = any(target.risk == "consistency" for target in targets)
-        wanted = self.fit.predictions == self.fit.predictions[:, -1:] if agree else self.fit.correct
-        self.points = Search(self.fit.scores, wanted, costs).curve(POINTS)
+        self.points = Search(self.fit.scores, _worth(self.fit, targets), costs).curve(POINTS)
         self._exits: dict[int, Integers] = {}
         groups = [np.flatnonzero(self.test.labels == label) for label in range(classes or 0)]
         allowed = [all(self._can_pass(target, len(rows)) for target in targets) for rows in groups]

@@ -48,11 +48,11 @@ class Search:
     Args:
         scores: confidence at each exit, float32 [N, M].
         correct: whether stopping there is a hit, bool [N, M]: the prediction equals the label or, for some risks, the last
-            exit's prediction.
+            exit's prediction; or how many hits it is worth, float64.
         costs: cost of an image that stops there, float64 [M], rising.
     """
 
-    def __init__(self, scores: Scores, correct: Flags, costs: Floats) -> None:
+    def __init__(self, scores: Scores, correct: Flags | Floats, costs: Floats) -> None:
         self.scores, self.correct, self.costs = scores, correct, costs
         self.images, self.exits = scores.shape
         # One row per exit is contiguous; the sorted rows go from the most to the least confident image.
@@ -187,7 +187,7 @@ class Search:
     def candidate(self, thresholds: Scores) -> Candidate:
         """These thresholds and what they do."""
         exits = exits_taken(torch.from_numpy(self.scores), torch.from_numpy(thresholds)).numpy()
-        hits = int(self.correct[np.arange(self.images), exits].sum())
+        hits = float(self.correct[np.arange(self.images), exits].sum())
         return Candidate(thresholds, hits, float(np.bincount(exits, minlength=self.exits) @ self.costs))
 
 

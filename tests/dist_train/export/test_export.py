@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -203,6 +204,16 @@ def test_a_folder_that_cannot_be_written_is_no_missing_operator(tmp_path):
 class Bessel(nn.Module):
     def forward(self, features):
         return torch.special.bessel_j0(features)
+
+
+@pytest.mark.parametrize("options", [["--format", "onnx-if"], ["--triton"]])
+def test_drafts_lie_beside_the_folder_and_go(options, runs, tmp_path, monkeypatch):
+    """A full /tmp is nothing to an export, and a full disk is said to be that of the folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    command = ["export", str(runs["msdnet"]), "--budget", "0.45M", *options, "--out", str(tmp_path / "new/exported")]
+    assert cli.run(command) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["exported"]
+    assert not [path for path in (tmp_path / "new/exported").rglob("*") if path.name.startswith(("tmp", "."))]
 
 
 def test_an_operator_that_onnx_has_not_is_named(tmp_path):

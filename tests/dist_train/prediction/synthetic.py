@@ -22,7 +22,7 @@ class Outputs(NamedTuple):
         return Outputs(self.scores[rows], self.predictions[rows], self.labels[rows], self.costs)
 
 
-def population(images=200_000, exits=5, classes=10, seed=0):
+def population(images=200_000, exits=5, classes=10, seed=0, skills=(1.5, 2.5)):
     """Later exits are more skilled (about 82 % right at the first, 94 % at the last); confidence tells some of it.
 
     An image has a difficulty that all exits share, so that they agree more than by chance; a wrong exit mostly takes the
@@ -30,7 +30,7 @@ def population(images=200_000, exits=5, classes=10, seed=0):
     """
     rng = np.random.default_rng(seed)
     labels = rng.integers(classes, size=images)
-    skill = np.linspace(1.5, 2.5, exits)
+    skill = np.linspace(*skills, exits)
     difficulty = 1.4 * rng.normal(size=(images, 1))
     margin = (
         skill

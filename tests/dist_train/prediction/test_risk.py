@@ -100,6 +100,21 @@ def test_guarantees_save_most_of_what_hindsight_saves(truth):
         assert np.mean(saved) >= 0.8 * hindsight > 0.3, name
 
 
+def test_where_exits_lie_close_a_gap_of_fewer_differences_saves_more(monkeypatch):
+    """They are right and wrong about different images, which scatters: a small gap alone is hard to show."""
+    drawn = population(images=50_000, exits=4, skills=(0.75, 0.9))
+    saved = {}
+    for price in (0.0, risk.DIFFERENCE_PRICE):
+        monkeypatch.setattr(risk, "DIFFERENCE_PRICE", price)
+        saved[price] = []
+        for seed in range(12):
+            outputs = sample(drawn, np.random.default_rng(seed), 5000)
+            thresholds = certify(outputs, drawn.costs, [Target("gap", 0.01)], 0.05).thresholds
+            saved[price].append(1 - losses("cost", outputs, outputs.exits(thresholds), drawn.costs).mean())
+    without, with_price = (np.mean(values) for values in saved.values())
+    assert with_price > without + 0.01
+
+
 def test_several_risks_hold_together_and_share_delta(truth):
     drawn, known = truth
     rng = np.random.default_rng(1)
