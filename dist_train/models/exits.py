@@ -60,6 +60,7 @@ def attach_exits(
         if not (images.is_meta or isinstance(images, FakeTensor)):  # which have shapes, but no values to compare
             _check_iteration(attached, images)
             attached.find_shared(images)
+    # The network's modules have their modes back; the heads are new.
     attached.heads.train(network.training)
     attached.training = network.training
     return attached
@@ -136,6 +137,7 @@ class AttachedExits(MultiExitNetwork):
     def _at_exit(self, number: int, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._wanted == number:
             raise _Reached(self.heads[number](_first_tensor(output)))
+        # Another pass than a whole one or one to an exit, such as those of find_shared, needs no logits.
         if self._wanted is None and self._logits is not None:
             self._logits.append(self.heads[number](_first_tensor(output)))
 
@@ -184,6 +186,7 @@ class _Memory:
         calls: Counter[int] = Counter()
         self._replaced = [vars(module).get("forward") for module in self._modules]
         for number, module in enumerate(self._modules):
+            # The instance's own attribute comes before the class's method, and the module's hooks, such as exits, still run.
             vars(module)["forward"] = partial(self._call, number, calls, module.forward)
 
     def __exit__(

@@ -72,6 +72,7 @@ def static_networks(network: MultiExitNetwork, image_size: int) -> list[nn.Modul
 
 def _random_images(network: nn.Module, image_size: int) -> Tensor:
     parameter = next(network.parameters())
+    # Neither 0 nor 1 images: torch.export would take their number for a constant.
     return torch.randn(3, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
 
 
