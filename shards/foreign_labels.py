@@ -109,6 +109,7 @@ class ForeignLabels:
     @staticmethod
     def _refuse_extra(texts: Mapping[str, Counter[str]]) -> None:
         for split, counts in texts.items():
+            # Without a train split no class can be one that it lacks.
             extra = sorted(set(counts).difference(NO_CLASS, texts.get("train", counts)))
             if extra:
                 raise DataError(

@@ -170,6 +170,7 @@ def _exits(policy: Thresholds, logits: tuple[Tensor, ...]) -> tuple[NDArray[np.i
     last = len(logits) - 1
     exits = torch.full((len(classes),), last)
     margins = torch.full((len(classes),), float("inf"))
+    # From the last one to the first, so that the first exit that lets an image go decides.
     for number in reversed(range(last)):
         leaves = policy.should_exit(number, logits[number], classes[:, : number + 1])
         exits[leaves] = number
@@ -186,6 +187,7 @@ def _add_pillow(found: Parity, exported: EarlyExit, images: Any, files: list[byt
     expected, got = exported.predict(images), exported.predict(decoded)
     weight = len(images) / (found.pillow_images + len(images))
     found.pillow_images += len(images)
+    # mean <- mean + n / N (mean of the batch - mean)
     found.pillow_mean_difference += weight * (float(levels.mean()) - found.pillow_mean_difference)
     found.pillow_largest_difference = max(found.pillow_largest_difference, float(levels.max()))
     found.pillow_other_class += int((expected.classes != got.classes).sum())

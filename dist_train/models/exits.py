@@ -186,7 +186,7 @@ class _Memory:
         calls: Counter[int] = Counter()
         self._replaced = [vars(module).get("forward") for module in self._modules]
         for number, module in enumerate(self._modules):
-            # The instance's own attribute comes before the class's method, and the module's hooks, such as exits, still run.
+            # The instance's attribute comes before the class's method; the module's hooks, such as exits, still run.
             vars(module)["forward"] = partial(self._call, number, calls, module.forward)
 
     def __exit__(

@@ -261,7 +261,7 @@ def _plan_stages(layers: int, widths: _Widths, width: int, prune: Prune, reducti
         transitions = {layers // 3, 2 * layers // 3} if prune == "min" else set()
     stages = []
     for layer in range(1, layers + 1):
-        # A layer leads one scale further, and exits read the coarsest: from a finer scale than this none is reached any more.
+        # A layer leads one scale further, and exits read the coarsest: from finer scales than this none is reached.
         used = max(finest[layer], scales - 1 - (layers - layer))
         grown = width + widths.growth
         stages.append(_Stage(layer, False, width, grown, finest[layer - 1], finest[layer], used))
