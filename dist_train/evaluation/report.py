@@ -226,6 +226,7 @@ class Report:
             budgets = np.linspace(costs[0], costs[-1], SWEEP).tolist() if budgets is None else budgets
 
             def scorer(rows: NDArray[np.int64]) -> NDArray[np.float32]:
+                # The measure too is fitted on these rows alone: images of the promise have no part in any fit.
                 return fit_scoring(calibration.select(rows), measure, scaled)(calibration)
 
             fitted = crossfit.fit(scorer, correct(calibration), costs, budgets)

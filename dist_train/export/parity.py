@@ -141,6 +141,7 @@ def _add(
     every = torch.stack(logits, dim=1).numpy()
     rows = np.arange(len(images))
     taken = every[rows, result.exits - 1]
+    # Once more as the runner computes: only the images that have not left go on to the next program.
     _check_logits(found, float(np.abs(taken - result.logits).max()), scale, "the exit taken")
     another = every[rows, exits].argmax(1) != result.classes
     found.ties += 0 if found.max_changed is not None else int(other.sum())
@@ -183,7 +184,9 @@ def _add_pillow(found: Parity, exported: EarlyExit, images: Any, files: list[byt
     """The same images as the runner itself decodes them."""
     decoded = np.stack([exported.load(io.BytesIO(file)) for file in files])
     deviation = np.float32(exported.policy["preprocessing"]["std"])[:, None, None]
+    # Back from (x / 255 - mean) / std to levels; the mean cancels in a difference.
     levels = np.abs(decoded - images) * deviation * 255
+    # Both by the exported programs, so that only the decoding differs.
     expected, got = exported.predict(images), exported.predict(decoded)
     weight = len(images) / (found.pillow_images + len(images))
     found.pillow_images += len(images)

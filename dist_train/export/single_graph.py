@@ -110,6 +110,7 @@ def _from_exit(
         last = [helper.make_node("Identity", [name], [new]) for name, new in zip((logits, here.name), outputs)]
         return [*nodes, *last], [*weights, here], outputs
     if not number:
+        # No class so far, with a dimension of 0, so that all decisions take the same inputs.
         before = "no_classes"
         weights.append(numpy_helper.from_array(np.zeros((1, 0), dtype=np.int64), before))
     deciding, constants, (leaves, classes) = _inlined(

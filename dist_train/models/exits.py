@@ -48,6 +48,7 @@ def attach_exits(
     _check_names(network, at)
     with evaluating(network):
         parameter = next(network.parameters())
+        # Two, so that a first size of 2 in an output means a row per image.
         images = torch.randn(2, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
         features, output = _trial_run(network, at, images)
         with torch.device(parameter.device):
@@ -111,6 +112,7 @@ class AttachedExits(MultiExitNetwork):
         Rows are never taken from those, whatever their length.
         """
         lengths = []
+        # With one more image, only what belongs to no image keeps its length.
         for batch in (images, torch.cat([images, images[:1]])):
             memory = _Memory(_outermost(self.network, self._at))
             with memory:

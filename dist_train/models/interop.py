@@ -161,6 +161,7 @@ def _cells(network: MSDNet) -> Iterator[tuple[str, int, int, nn.Module]]:
 
 def _msdnet_pytorch(network: MSDNet) -> Iterator[tuple[nn.Module, str]]:
     for scale, unit in enumerate(network.stem):
+        # With a pooling, for large images, their first unit is a plain sequence, without a module around it.
         has_pool = len(cast(ConvNormReLU, unit)) == 4
         yield from _unit(unit, f"blocks.0.0.layers.{scale}" + ("" if has_pool else ".net"))
     for stage, _, place, cell in _cells(network):
