@@ -163,6 +163,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _pickle(path: Path, name: str, files: Mapping[str, bytes]) -> dict[bytes, Any]:
     try:
+        # Pickled by Python 2, whose texts are bytes.
         tree = _Unpickler(io.BytesIO(_file(path, name, files)), encoding="bytes").load()
     except DataError:
         raise

@@ -108,6 +108,7 @@ def _find(source: str) -> tuple[Any, list[Any]]:
     scheme, is_url, _ = source.partition("://")
     try:
         if is_url:
+            # By this prefix pyarrow hands a URL that it has no file system for to fsspec's.
             uri = source if scheme.partition("+")[0] in (*_NATIVE, "fsspec") else f"fsspec+{source}"
             system, path = fs.FileSystem.from_uri(uri)
         else:

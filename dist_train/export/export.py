@@ -211,6 +211,7 @@ def _batches(
     )
     try:
         for micro in loader.evaluation(samples):
+            # -1 is an image that could not be read.
             read = micro.ids >= 0
             if read.any():
                 yield micro.images[read], micro.labels[read], [loader.encoded(one) for one in micro.ids[read].tolist()]

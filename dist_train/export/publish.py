@@ -113,6 +113,7 @@ def _without_places(config: Config) -> Config:
     pretrained = config.model.pretrained
     if isinstance(pretrained, Path):
         pretrained = Path(_name(pretrained))
+    # Without their folders two runs may have one name, which the field refuses to have twice.
     teachers = [_teacher(name) for name in config.loss.outside_teachers]
     defaults = Config(data=data)
     return config.model_copy(

@@ -186,6 +186,7 @@ class _Memory:
 
     def __enter__(self) -> None:
         calls: Counter[int] = Counter()
+        # A forward of the instance itself is put back afterwards; usually it is the class's, and there is none.
         self._replaced = [vars(module).get("forward") for module in self._modules]
         for number, module in enumerate(self._modules):
             # The instance's attribute comes before the class's method; the module's hooks, such as exits, still run.

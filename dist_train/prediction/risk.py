@@ -188,6 +188,7 @@ def images_needed(risk: Risk, loss: Floats, epsilon: float, delta: float) -> int
     def enough(count: int) -> bool:
         if risk in ("consistency", "error"):  # by their rate: a rounding of few losses would decide
             return float(binom.cdf(math.floor(loss.mean() * count), count, epsilon)) <= delta
+        # np.resize repeats the losses up to this number.
         return p_value(risk, np.resize(loss, count), epsilon, delta) <= delta
 
     if not len(loss) or loss.mean() >= epsilon:

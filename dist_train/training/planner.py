@@ -233,6 +233,7 @@ def activation_bytes(config: Config, num_classes: int) -> int:
     # Built with real values, not fake ones: some libraries compute with them while they build a network.
     network = build_model(config.model, num_classes, config.data.image_size).train()
     fake = FakeTensorMode()
+    # The copy's tensors have shapes but no values, so the pass below allocates nothing.
     with FakeCopyMode(fake):
         network = copy.deepcopy(network)
     with fake:
