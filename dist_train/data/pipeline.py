@@ -139,7 +139,7 @@ class Loader:
         )
         steps = tuple(self._parameters(self._order[:1]))
         self._decoder = Decoder(data, steps, micro_batch, device, threads, depth=data.prefetch)
-        # For the images of a micro batch that was refused: again on the device, and on the CPU to tell whose fault it is.
+        # For images of a micro batch that was refused: again on the device, and on the CPU to tell whose fault it is.
         self._spare = Decoder(data, steps, 1, device, threads=1, depth=1)
         self._witness = Decoder(data, steps, 1, torch.device("cpu"), threads=1, depth=1)
 
