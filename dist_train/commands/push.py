@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
         where, lacking = str(folder), publish.write_folder(known.run, folder)
     else:
         repository = hub.check_name(known.repository)
-        # Before the network is loaded and written, which can take minutes.
+        # Before the weights are copied: a missing login is said at once.
         hub.check_ready()
         with tempfile.TemporaryDirectory() as draft:
             try:
