@@ -97,6 +97,7 @@ def push(folder: Path, repository: str, private: bool, stale: Sequence[str]) -> 
     """
     client = _library().HfApi(library_name="dist_train", **_endpoint())
     try:
+        # To create a repository that exists changes nothing about it: a public one would stay public.
         public = private and client.repo_exists(repository) and not client.model_info(repository).private
     except Exception as error:  # its own, httpx's, and the system's
         raise HubError(f"{repository}: {_reason(error)}") from None
@@ -105,6 +106,7 @@ def push(folder: Path, repository: str, private: bool, stale: Sequence[str]) -> 
             f"{repository}: exists and is public, so --private cannot hold; make it private on its page first, or give another name"
         )
     try:
+        # None is the default of the account or organization, which may be private; False would mean public.
         page = client.create_repo(repository, private=private or None, exist_ok=True)
         client.upload_folder(
             repo_id=repository,

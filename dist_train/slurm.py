@@ -98,6 +98,7 @@ def partitions() -> dict[str, Partition]:
     for line in ask("sinfo", "--all", "--noheader", "--format=%P|%l|%D|%c|%G").splitlines():
         name, limit, nodes, cores, gres = line.strip().split("|")
         gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
+        # 64+ stands for nodes of 64 cores or more.
         cpus = int(cores.rstrip("+"))
         before = found.get(name.rstrip("*"), Partition("", 0, 0, 0, 0, False, 0))
         # A partition has a line for each kind of node; of those without GPUs a run on GPUs gets none.

@@ -138,6 +138,7 @@ def cells(study: StudyConfig) -> list[Cell]:
         words = {axis: _label(axis, variant) for axis, (variant, _) in zip(study.axes, combination)}
         label = ", ".join(words.values())
         first = {study.against: _label(study.against, next(iter(study.axes[study.against])))}
+        # The same combination with the first variant of that axis; | leaves the axes in their order.
         base = ", ".join((words | first).values())
         fields = dict(study.set)
         for _, settings in combination:

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout.isatty():
             print(f"launch.local: checking {known.config}", flush=True)
         processes = _processes(known.processes)
+        # For its check: that there are fewer GPUs than processes is said before anything starts.
         visible_gpus(processes)
         from dist_train.training.preflight import check_start  # takes seconds, in which Ctrl-C is no traceback either
 

@@ -25,6 +25,7 @@ from launch.node import GRACE_SECONDS, Place, stop_on_signals
 REACH_SECONDS = 25
 """How long a node may take to answer the check before the start."""
 
+# Nobody is there to type a password.  Without keep-alives, ssh would not notice a host that is gone.
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 
 OWN = re.compile(
@@ -113,6 +114,7 @@ class Nodes:
         }
         # The order goes through stdin, not the command line, which every user of the node could read in ps.
         words = [*SSH, host, _remote([sys.executable, "-m", "launch.node"])]
+        # In a session of its own, so that Ctrl-C does not end the connection, through which the order to stop goes.
         link = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
         assert link.stdin
         try:
@@ -154,6 +156,7 @@ class Nodes:
                         self.stop()
             if time.monotonic() > deadline:
                 for link in running.values():
+                    # At the other end, stdin ends with it, which stops the ranks there.
                     link.kill()
             time.sleep(0.1)
         return first

@@ -162,6 +162,7 @@ def _submit(study: StudyConfig, grid: Sequence[Cell]) -> bool:
     slurm.require("leave out --slurm to train here, or run the command on a machine with SLURM")
     jobs = _jobs(study, grid)
     missing = [cell for cell in grid if not finished(study, cell) and cell.name not in jobs]
+    # Only a submitted cell has a link there: what is missing and has one has failed.
     failed = {
         cell.name: f"failed ({_last_line(output)}; see {output.resolve()}); "
         for cell in missing
@@ -195,6 +196,7 @@ def _submit(study: StudyConfig, grid: Sequence[Cell]) -> bool:
 
 def _jobs(study: StudyConfig, grid: Sequence[Cell]) -> dict[str, str]:
     """The SLURM jobs that the study's cells wait in or are trained by, by the cells' names."""
+    # A study that was never submitted needs no answer of the controller.
     if not (study.folder / "slurm").exists() or not shutil.which("squeue"):
         return {}
     jobs = slurm.jobs()
@@ -226,6 +228,7 @@ def _prepare(study: StudyConfig) -> None:
             continue
         print(f"making {step.makes}: {step.run}", flush=True)
         words = shlex.split(step.run)
+        # The Python of this environment, whichever comes first in PATH.
         words[:1] = [sys.executable] if words[0] in ("python", "python3") else words[:1]
         try:
             code = subprocess.run(words).returncode

@@ -55,6 +55,7 @@ def check(configs: Sequence[Config]) -> list[Config]:
         try:
             _check_run(config, partition, jobs)
         except UserError as error:
+            # Of the same class, because that decides on the exit code.
             raise type(error)(f"{config.name}: {error}") if len(configs) > 1 else error from None
     cores = _cores(job, partition)
     return [config.model_copy(update={"slurm": job.model_copy(update={"cpus_per_task": cores})}) for config in configs]
@@ -198,6 +199,7 @@ def _check_partition(job: SlurmConfig) -> slurm.Partition:
     slurm.ask("sbatch", "--version")
     offered = slurm.partitions()
     default = next((partition.name for partition in offered.values() if partition.default), "")
+    # As sbatch itself decides.
     wanted = job.partition or os.environ.get("SBATCH_PARTITION") or default
     if not wanted:
         raise SlurmError(f"the cluster has no default partition; sinfo offers {_names(offered)}; set --partition")
@@ -238,6 +240,7 @@ def _check_folder(folder: Path, partition: slurm.Partition) -> None:
     """Refuse a run folder that only this machine can see; the job itself checks the others on its nodes."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     mounts = [mount for mount in psutil.disk_partitions(all=True) if existing.is_relative_to(mount.mountpoint)]
+    # The innermost mount is the one that the folder is on.
     kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
     local = kind in NODE_LOCAL or any(folder.is_relative_to(place) for place in ("/tmp", "/var/tmp", "/dev/shm"))
     if local and not _only_this_machine(partition):

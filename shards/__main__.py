@@ -23,6 +23,7 @@ from shards.source import Source
 from shards.tree import refuse_inside
 
 DESCRIPTION = "Make, check and index WebDataset shards, from which runs read their images in an exact order."
+# Those that this process may use: in a job, fewer than the machine has.
 CORES = len(os.sched_getaffinity(0))
 
 

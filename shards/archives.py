@@ -104,6 +104,7 @@ def _not_a_tar(path: Path, start: int, otherwise: str) -> DataError:
     with open(path, "rb") as file:
         file.seek(start)
         head = file.read(HEAD)
+    # What can be uncompressed here needs no advice to do so.
     kind = None if any(map(head.startswith, _OPENERS)) else kind_of(head)
     return DataError(f"{path}: is {kind.name}, not a tar; {kind.remedy}" if kind else f"{path}: {otherwise}")
 

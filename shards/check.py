@@ -137,6 +137,7 @@ def _key(one: Checked, sample: int) -> str:
 
 
 @lru_cache(maxsize=1)
+# By the fingerprint as well: shards that were made anew in the same folder have another index.
 def _index(folder: Path, _fingerprint: str) -> Index:
     return Index.load(folder, quarantine=False)
 
@@ -167,6 +168,7 @@ def _check_shard(task: tuple[Path, str, int]) -> _Found:
                 found.digests[place] = hashlib.sha256(image).digest()[:16]
                 for why in _faults(index, _label_form(folder, fingerprint), sample, members, data, image):
                     found.bad.append(Bad(sample, index.key[sample].decode(), why))
+                    # One reason is enough for an entry in the quarantine list.
                     break
     except (OSError, ValueError) as error:  # gone or empty, which cannot be mapped and is said above
         if not found.faults:

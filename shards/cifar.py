@@ -88,6 +88,7 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 @lru_cache(maxsize=1)
+# Kept, because worker processes read image after image of the same file.
 def _load(path: Path, classes: int, version: str) -> tuple[tuple[str, ...], dict[str, Arrays]]:
     """Class names and, by split, images uint8 [N, 32, 32, 3] and labels int64 [N]; ``version`` tells the file's versions apart."""
     form = _FORMS[classes]
@@ -129,6 +130,7 @@ def _binary(form: _Form, path: Path, files: Mapping[str, bytes], name: str) -> A
 
 
 def _images(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    # A row is the red, the green and the blue plane, one after the other.
     return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
@@ -161,6 +163,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _pickle(path: Path, name: str, files: Mapping[str, bytes]) -> dict[bytes, Any]:
     try:
+        # Pickled by Python 2, whose texts are bytes.
         tree = _Unpickler(io.BytesIO(_file(path, name, files)), encoding="bytes").load()
     except DataError:
         raise

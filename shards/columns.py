@@ -56,6 +56,7 @@ def _dtype(name: str, text: str) -> np.dtype[Any]:
         kind = np.dtype(text)
     except TypeError:
         kind = np.dtype(object)
+    # Whole numbers and bytes alone: what a file holds must not become Python's objects.
     if kind.kind not in "iS" or kind.itemsize == 0:
         raise ValueError(f"column {name} cannot have the dtype {text!r}")
     return kind

@@ -147,6 +147,7 @@ def _label_form(tar: Path, label_from: str | None, field: str | None) -> LabelFo
 
 def _task(drafts: Path, path: Path, form: LabelForm) -> _Task:
     state = path.stat()
+    # Named after the tar's state and where its labels stand: what was read otherwise is not taken for it.
     text = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {form}"
     return _Task(
         path, drafts / f"tar-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:24]}.json", form
@@ -251,6 +252,7 @@ def _save(place: Path, tars: Sequence[Path], parts: Sequence[Mapping[str, Any]],
     }
     for tar, part in zip(tars, parts):
         found = part["columns"]
+        # A tar without a readable image is no shard.
         if not found["key"]:
             continue
         name = os.path.relpath(tar.resolve(), place.resolve())
@@ -269,6 +271,7 @@ def _save(place: Path, tars: Sequence[Path], parts: Sequence[Mapping[str, Any]],
     unusual = sum((Counter(part["unusual"]) for part in parts), Counter[str]())
     write_manifest(place, index, unusual, [tuple(pair) for part in parts for pair in part["skipped"]], [])
     (place / sheet.FILE).unlink(missing_ok=True)  # of an index that was removed
+    # Last, because a folder with an index counts as a split.
     index.save(place, {"label_form": asdict(labels.form)})
 
 

@@ -71,6 +71,7 @@ class ForeignLabels:
         if not images:
             raise DataError("no image in these tars can be read; `python -m shards index` needs some")
         numbers = all(text.isdecimal() or text in NO_CLASS for text in every)
+        # Names may be digits themselves, as those of handwritten digits; then they are looked up, not counted.
         if numbers and not (names and every <= set(names)):
             return cls._of_numbers({text: int(text) for text in every}, names, form)
         if names is None:
@@ -95,6 +96,7 @@ class ForeignLabels:
         if largest < 0:
             raise DataError("all of its labels are negative, which means that there is none; give another --label-key")
         if names is None:
+            # Ids of something else: the network would get an output for every number up to the largest.
             if largest >= max(1000, 100 * len(numbers)):
                 raise DataError(
                     f"its labels are {len(numbers)} numbers up to {largest}, which are no classes from 0 on; give --classes FILE with a name for each, or another --label-key"
@@ -109,6 +111,7 @@ class ForeignLabels:
     @staticmethod
     def _refuse_extra(texts: Mapping[str, Counter[str]]) -> None:
         for split, counts in texts.items():
+            # Without a train split no class can be one that it lacks.
             extra = sorted(set(counts).difference(NO_CLASS, texts.get("train", counts)))
             if extra:
                 raise DataError(
@@ -128,6 +131,7 @@ def read_classes(path: Path) -> list[str]:
             tree = json.loads(text)
             if isinstance(tree, dict):
                 tree = [tree[str(number)] for number in range(len(tree))]
+            # imagenet_class_index.json has {"0": ["n01440764", "tench"]}: the synset comes first.
             names = [str(name[0]) if isinstance(name, list) else str(name) for name in tree]
         else:
             names = [line.strip() for line in text.splitlines() if line.strip()]

@@ -96,6 +96,7 @@ def _train_archive(path: Path) -> list[_Image]:
             raise DataError(f"{path}: holds the class {synset} twice; fetch it again")
         seen.add(synset)
         before = len(images)
+        # A tar inside the tar: its images have offsets in the outer file, from where they are read without unpacking.
         for member in archives.members(path, inner.offset, inner.size):
             if not member.is_folder:
                 item = Item(f"train/{synset}/{member.name}", UNLABELED, member.size, (str(path), member.offset))
@@ -151,10 +152,12 @@ def _with_truth(images: list[_Image], val: Path, truth: Path | None) -> list[_Im
         ) from None
     if len(synsets) != len(images):
         raise DataError(f"{truth}: has {len(synsets)} entries, {val} has {len(images)} images; they must be as many")
+    # Line n is the class of the n-th image by name.
     if isinstance(synsets, list):
         return [_Image(synset, image.item) for synset, image in zip(synsets, images)]
     named = []
     for image in images:
+        # Kaggle's file names images without their ending.
         stem = image.item.name.rpartition("/")[2].partition(".")[0]
         if stem not in synsets:
             raise DataError(f"{truth}: has no entry for {stem}")
@@ -166,6 +169,7 @@ def _read_truth(path: Path) -> list[str] | dict[str, str]:
     """Synsets in the order of the images' names, or by name."""
     if path.suffix == ".csv":
         rows = csv.reader(read_path(path).decode().splitlines())
+        # `n01440764 x y x y n01440764 ...`: the synset before every box; the header line has none.
         return {row[0]: row[1].split()[0] for row in rows if len(row) == 2 and _SYNSET.match(row[1])}
     kit = path
     if path.is_dir():

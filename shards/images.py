@@ -153,6 +153,7 @@ def _by_decoder(structure: Structure | None, data: bytes, encoding: Encoding) ->
 
 def _readable(structure: Structure | None, data: bytes) -> bytes:
     """What Pillow is shown: without broken notes, for which it would refuse the picture."""
+    # From the last one on, so that the places of those before it stay true.
     for start, end in reversed(structure.broken_notes if structure else ()):
         data = data[:start] + data[end:]
     return data
@@ -190,6 +191,7 @@ def _encode(image: Image.Image, data: bytes, encoding: Encoding) -> Encoded:
         file = io.BytesIO()
         _eight_bits(image).save(file, "PNG")
         return Encoded(file.getvalue(), "png", image.width, image.height, unusual, mode if ext else kind)
+    # JPEG and PNG were looked through for a missing end; of other formats only decoding shows it.
     if ext not in ("jpg", "png"):
         image.load()
     return Encoded(data, ext, image.width, image.height, unusual)
@@ -242,6 +244,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         import numpy as np
 
+        # 65535 / 257 is 255.
         levels: Any = np.asarray(image).astype(np.float64) / 257
         grey = Image.fromarray(np.rint(levels).clip(0, 255).astype(np.uint8))
         return grey.convert("RGB")

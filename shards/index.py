@@ -196,6 +196,7 @@ class Index:
         """
         used, shard, counts = np.unique(self.shard[ids], return_inverse=True, return_counts=True)
         root = self.folder.resolve() if self.folder else Path()
+        # Absolute names, since the result belongs to another folder than the shards.
         shards = tuple(
             replace(self.shards[number], name=str(root / self.shards[number].name), samples=int(count))
             for number, count in zip(used, counts)
@@ -261,6 +262,7 @@ class Index:
         path = self.folder / shard.name
         try:
             found = path.stat().st_size
+            # Of a wrong size it differs in any case, and hashing takes long.
             digest = sha256(path) if files == "hash" and found == shard.bytes else shard.sha256
         except OSError as error:
             raise DataError(
@@ -293,9 +295,11 @@ class Index:
     @classmethod
     def _load_list(cls, folder: Path, tree: Mapping[str, Any]) -> tuple[Index, str]:
         """The list in ``folder`` as an index, and its own fingerprint."""
+        # Links are resolved first: `..` behind a link would lead to another folder than when the list was written.
         source = Path(os.path.normpath(folder.resolve() / tree["of"]))
         if not source.is_dir():
             raise DataError(f"{folder / FILE}: refers to the shards in {source}, which are not there; move them back")
+        # Whole: the ids of a list are places in the split with its bad samples.
         whole = cls.load(source, quarantine=False)
         if whole.fingerprint != tree["of_fingerprint"]:
             raise DataError(f"{folder / FILE}: the shards in {source} are others now; make the subset again")
@@ -343,6 +347,7 @@ class Index:
 
 
 def _fingerprint(classes: Sequence[str], shards: Sequence[Shard], arrays: Mapping[str, NDArray[Any]]) -> str:
+    # With the types: from the bytes alone it does not show where a column ends.
     kinds = {name: array.dtype.str for name, array in arrays.items()}
     head = {"classes": list(classes), "shards": [asdict(shard) for shard in shards], "columns": kinds}
     digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
@@ -364,6 +369,7 @@ def _column(values: Any, dtype: Any) -> NDArray[Any]:
     array = np.asarray(values)
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"whole numbers expected, {array.dtype} found")
+    # astype would let it wrap around without an error.
     if array.size and array.max() > np.iinfo(dtype).max:
         raise ValueError(f"{array.max()} is too large")
     return array.astype(dtype).reshape(-1)

@@ -48,5 +48,6 @@ def kind_of(head: bytes) -> Kind | None:
         if head[8:12] in (b"avif", b"avis"):
             return Kind("an AVIF image", _IMAGES_TO_CONVERT)
         return Kind("a video", "extract its frames with ffmpeg")
+    # Pages and drawings are text, in any case and perhaps behind spaces.
     text = head.lstrip().lower()
     return next((kind for magic, kind in _MAGIC if head.startswith(magic) or text.startswith(magic)), None)

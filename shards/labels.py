@@ -60,6 +60,7 @@ def parse(name: str, data: bytes) -> list[Entry]:
         DataError: it is neither CSV nor text nor JSON of a form that can be understood.
     """
     try:
+        # Spreadsheets put a byte order mark in front, which would be a part of the first column's name.
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(

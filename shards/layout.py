@@ -52,6 +52,7 @@ def _class_folders(tree: Tree, reading: Reading) -> Layout:
             raise DataError(f"{where / empty}: is empty; put images of the class there or remove the folder")
     if reading.depth is None:
         _refuse_deeper_classes(tree, [pair for pairs in found.values() for pair in pairs])
+    # The innermost folder's name is the class, unless two would share it, as in cats/other and dogs/other.
     unique = all(are_unique([name for name, _ in pairs]) for pairs in found.values())
     splits: dict[str, list[Labeled]] = {}
     for path, (split, _) in places.items():

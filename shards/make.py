@@ -282,6 +282,7 @@ def _cut(items: Sequence[Item], size: ShardSize) -> Iterator[tuple[int, list[Ite
     filled = 0
     for number, item in enumerate(items):
         full = len(part) == size.samples if size.samples else filled + item.size > (size.bytes or 0)
+        # An image that is larger than a shard gets one of its own.
         if part and full:
             yield number - len(part), part
             part, filled = [], 0

@@ -81,6 +81,7 @@ def write_shard(task: Task) -> Work:
     packed = ShardResult(Shard(task.path.name, 0, "", 0))
     rows: list[str] = []
     start, source = time.perf_counter(), ReadAhead(task.items, task.read)
+    # Unbuffered, because _Tar gathers small parts by itself.
     with draft_of(task.path) as draft, open(draft, "wb", buffering=0) as file:
         tar = _Tar(file.fileno())
         for number, (item, data) in enumerate(source, start=task.first):

@@ -108,6 +108,7 @@ def _find(source: str) -> tuple[Any, list[Any]]:
     scheme, is_url, _ = source.partition("://")
     try:
         if is_url:
+            # By this prefix pyarrow hands a URL that it has no file system for to fsspec's.
             uri = source if scheme.partition("+")[0] in (*_NATIVE, "fsspec") else f"fsspec+{source}"
             system, path = fs.FileSystem.from_uri(uri)
         else:
@@ -232,9 +233,11 @@ def _rows(info: Any, file: Any, columns: Columns) -> Iterator[tuple[str, int | s
                             f"{info.path}: its images are not in it, only their paths ({shown(path)}); use `python -m shards make folder` on these"
                         )
                 name = f"{stem}/{row:08d}" + (f"-{path.rpartition('/')[2]}" if path else ".image")
+                # A row without an image becomes an empty file, which packing skips and lists.
                 yield name, _label(info, row, label, columns), data or b""
                 row += 1
     except (OSError, ValueError, ArrowException) as error:
+        # Which is a ValueError, too.
         if isinstance(error, DataError):
             raise
         raise DataError(f"{info.path}: is damaged behind row {row} ({_line(error)}); fetch it again") from None

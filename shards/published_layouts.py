@@ -53,6 +53,7 @@ def _tiny_imagenet(tree: Tree) -> Layout | None:
             (item, name)
             for name, folder in train.folders.items()
             for item in folder.all_files()
+            # Beside the images of every class lies a list of their boxes.
             if not item.name.endswith("_boxes.txt")
         ],
         "val": all_labeled(tree, images, classes, notes[0].name),
@@ -65,6 +66,7 @@ def _places(tree: Tree) -> Layout | None:
     """Places365 as published: data_*/a/airfield/..., val_*/ and places365_val.txt, classes in categories_places365.txt."""
     files = {item.name.rpartition("/")[2]: item for item in tree.top.all_files() if item.name.endswith(".txt")}
     data = [folder for name, folder in tree.top.folders.items() if name.startswith(("data_256", "data_large"))]
+    # The classes lie in folders by their first letters.
     if not data or not all(len(name) == 1 for name in data[0].folders):
         return None
     if "categories_places365.txt" not in files:
@@ -76,6 +78,7 @@ def _places(tree: Tree) -> Layout | None:
         for line in tree.content(files["categories_places365.txt"]).decode().splitlines()
         if line.strip()
     ]
+    # `/a/airfield 0`: the letter is no part of the name.
     paths = {path.strip("/"): path.strip("/").partition("/")[2] for path, _ in rows}
     by_number = {number: path.strip("/").partition("/")[2] for path, number in rows}
     train: list[Labeled] = []

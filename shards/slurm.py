@@ -88,6 +88,7 @@ class Array:
         try:
             jobs = slurm.submit(executor, write_shards, [(part, self.workers) for part in parts])
         except SlurmError:
+            # The logs of an earlier array stay.
             if first:
                 shutil.rmtree(folder)
             raise

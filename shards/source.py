@@ -175,6 +175,7 @@ def read_path(path: str | Path) -> bytes:
             raise NotAFile("a folder, not a file" if stat.S_ISDIR(state.st_mode) else _NO_FILE)
         if state.st_size > MOST_BYTES:
             raise NotAFile(_TOO_LARGE.format(state.st_size))
+        # One byte more than it has: less than that, and the file has ended.
         data = os.read(descriptor, state.st_size + 1)
         if len(data) == state.st_size:
             return data

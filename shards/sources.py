@@ -57,6 +57,7 @@ def _refuse_other_kinds(root: Path) -> None:
         (("coarse_label_names.txt",), "CIFAR-100", "shards make cifar100"),
         ((FILE,), "shards already", "shards info"),
     ):
+        # Folders of images may have these names too, but there `meta` is no file.
         python_cifar100 = (
             command.endswith("cifar100") and {"meta", "train", "test"} <= names and (root / "meta").is_file()
         )
@@ -146,6 +147,7 @@ def digits() -> Source:
     36 images of every class are the val split, the other 1,437 the train split.
     """
     _, labels = _digits()
+    # About what its PNG takes, which is made when it is read: sizes only divide the items among shards.
     items = [Item(f"digit-{number:04d}", int(label), 1000) for number, label in enumerate(labels)]
     return Source(tuple("0123456789"), {"train": items}, _read_digit).hold_out(36)
 
@@ -164,5 +166,6 @@ def _read_digit(item: Item) -> bytes:
 
     images, _ = _digits()
     levels = images[int(item.name.rpartition("-")[2])]
+    # 17 levels, 0 to 16.
     small = Image.fromarray(np.rint(levels * (255 / 16)).astype(np.uint8))
     return png(small.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))

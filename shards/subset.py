@@ -27,6 +27,7 @@ def open_shards(folder: Path) -> Source:
     splits = split_folders(folder)
     if splits == [folder]:
         raise DataError(f"{folder}: is one split; give the folder that holds its splits, {folder.parent}")
+    # Whole: the ids of a list are places in the split with its bad samples, which _items leaves out.
     indices = {path.name: Index.load(path, quarantine=False) for path in splits}
     classes = {index.classes for index in indices.values()}
     if len(classes) > 1:
@@ -73,6 +74,7 @@ def save_lists(source: Source, folder: Path, out: Path, rule: Mapping[str, int])
             chosen = sorted((*ids[item.name], item.label) for item in items)
             if not chosen:
                 raise DataError(f"{folder / split}: all of its samples are in quarantine; make the shards again")
+            # All of a split come from one: val is held out of train only where there is no val yet.
             origin = Index.load(folder / chosen[0][0], quarantine=False)
             (draft / split).mkdir()
             # Two folders down from `out` while it is written, one afterwards: the path to the shards is the final one's.

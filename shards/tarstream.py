@@ -76,6 +76,7 @@ class TarStream:
                 yield File(
                     (pax.get(b"path") or name or _name(head)).decode("utf-8", "surrogateescape"), start, size, data
                 )
+            # GNU's long names (L) and link targets (K), pax records of the next entry (x) and of all (g).
             elif kind in (b"L", b"x", b"K", b"g"):
                 data = self._contents(file, size)
                 if kind == b"L":

@@ -216,6 +216,7 @@ def _list(path: Path, scratch: Path | None) -> Tree:
             items[member.name] = Item(member.name, UNLABELED, member.size, (str(tar), member.offset))
     for name, item in sorted(items.items()):
         _make_folder(top, name.split("/")[:-1]).files.append(item)
+    # A tar has its members in any order; in a folder they are sorted.
     for folder in list(_below(top)):
         folder.folders = dict(sorted(folder.folders.items()))
     return Tree(path, archives.version(path), top)

@@ -91,6 +91,7 @@ def _fill_store(root: Path, folders: list[Path]) -> str:
             for entry in read_metrics(folder / "metrics.jsonl")
             for key, value in entry["metrics"].items()
         ]
+        # MLflow takes at most 1,000 metrics in one request.
         for start in range(0, len(points), 1000):
             client.log_batch(run_id, metrics=points[start : start + 1000])
         client.log_artifact(run_id, str(folder / "report.json"))

@@ -81,6 +81,7 @@ def measure(way: str, folder: Path, threads: int) -> dict[str, float]:
     make_pass = WAYS[way](folder / "shards" / "train", threads)
     for _ in make_pass():
         pass
+    # User and system time of this process and of its children: some ways decode in worker processes.
     cpu, batches = sum(os.times()[:4]), make_pass()
     images, start = next(batches), time.perf_counter()
     rest = sum(batches)
@@ -218,6 +219,7 @@ class _PilCrop:
         from PIL import Image
 
         image = Image.open(io.BytesIO(sample[self.extension])).convert("RGB")
+        # A new id each time: crops are a function of the id, and would otherwise be the same in every pass.
         number = np.array([np.random.default_rng().integers(2**31)])
         (anchor,), (shape,) = resized_crops(
             0, 0, number, np.array([[image.height, image.width]]), (0.08, 1), (3 / 4, 4 / 3)

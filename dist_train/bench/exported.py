@@ -68,6 +68,7 @@ class ExportRuntime:
     def _leaving(self, number: int, logits: Any, predicted: Any) -> Any:
         """The runner's confidence: computed, and then overruled by the script."""
         self._confidence(number, logits, predicted)
+        # Infinite, so that it holds against any threshold of the exported policy.
         return np.where(self._script.leaves(number), np.inf, -np.inf)
 
 

@@ -177,6 +177,7 @@ def _interleave(steps: dict[str, Callable[[], object]], device: torch.device) ->
     """Median seconds of each step over rounds that run all of them in turn, so that a busy machine slows all alike."""
     repeats = {}
     for name, step in steps.items():
+        # Compiles the kernels and fills caches, which must not count in the number of repeats below.
         _seconds(step, device, 3)
         repeats[name] = max(1, round(TURN / _seconds(step, device, 1)))
     times: dict[str, list[float]] = {name: [] for name in steps}

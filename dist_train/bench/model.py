@@ -117,6 +117,7 @@ def _training(
     variants = {}
     for name, (given, precision, compiled) in settings.items():
         for owner, network in networks.items():
+            # A copy for each, since training moves its weights.
             variants[owner + name] = _stepper(
                 copy.deepcopy(network).train(),
                 num_exits,

@@ -59,6 +59,7 @@ def measure(samples: int, shards: int, window: int) -> dict[str, Any]:
     start = time.perf_counter()
     order = epoch_order(sizes, 0, 0, window)
     seconds = time.perf_counter() - start
+    # A second plan for its memory: tracing every allocation would slow the one that is timed.
     tracemalloc.start()
     epoch_order(sizes, 0, 0, window)
     peak = tracemalloc.get_traced_memory()[1]

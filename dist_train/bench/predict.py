@@ -281,6 +281,7 @@ def _measure(runtime: Runtime, subject: Subject, threads: int, batch: int, secon
         works["exit", number + 1] = partial(runtime.route, np.full(batch, number))
         works["static", number + 1] = partial(runtime.static, number)
     if subject.shares:
+        # Goes on from call to call: with a batch of one, each call alone could only ever take one and the same exit.
         shares, first = subject.shares, itertools.count(step=batch)
         works["policy", None] = lambda: runtime.route(_exits(shares, next(first), batch))
     other_work = OtherWork()

@@ -85,6 +85,7 @@ def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) ->
     if ranks.rank == 0:
         config_file.write_text(json.dumps(fields))
     group = Group(ranks, 5)
+    # The other ranks read what rank 0 has written.
     group.any_rank(True)
     config = load_config(config_file, *overrides)
     if config.loss.outside_teachers:
@@ -104,6 +105,7 @@ def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) ->
         times: dict[str, list[float]] = {name: [] for name in variants}
         for block in range(BLOCKS + 1):
             for name, variant in variants.items():
+                # All ranks begin together; the wait for a slow one of the last variant would else count in this one.
                 group.any_rank(True)
                 start = time.perf_counter()
                 variant()

@@ -18,6 +18,7 @@ def run(arguments: list[str]) -> int:
         description="Measure this machine; dist-train bench WHAT --help says what is measured, and how it can be changed.",
     )
     parser.add_argument("what", metavar="WHAT", choices=BENCHES, help=", ".join(BENCHES))
+    # The rest is for the parser of that benchmark, its --help too.
     known = parser.parse_args(arguments[:1])
     status: int = importlib.import_module(f"dist_train.bench.{known.what}").run(arguments[1:])
     return status

@@ -50,6 +50,7 @@ def run(arguments: list[str]) -> int:
         shift=known.shift,
     )
     shown = report.budgeted(budgets, clamp=known.clamp) if budgets else None
+    # Started by torchrun, all ranks have the same report.
     if Ranks.from_env().rank == 0:
         print(summary(report, shown))
         files = write(report, known.out)

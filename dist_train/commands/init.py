@@ -232,4 +232,5 @@ def _mean_and_std(index: Index, size: int) -> tuple[list[float], list[float]]:
     if not pixels:
         raise DataError(f"{index.folder}: none of {SAMPLED} images can be read; run `dist-train shards check`")
     values = np.stack(pixels)
+    # An even colour has no deviation, by which the pixels are divided.
     return values.mean(axis=(0, 1, 2)).tolist(), np.maximum(values.std(axis=(0, 1, 2)), 0.01).tolist()

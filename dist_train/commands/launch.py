@@ -20,6 +20,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "way", metavar="WAY", choices=WAYS, help="local: this machine; nodes: several over ssh; slurm: a cluster"
     )
+    # The rest is for the parser of that way, its --help too.
     known = parser.parse_args(arguments[:1])
     code: int = importlib.import_module(f"launch.{known.way}").main(arguments[1:])
     return code

@@ -34,6 +34,7 @@ def run(arguments: list[str]) -> int:
         raise DataError(f"{output}: cannot be written, it is a folder or in none; give another --output")
     predictor = Predictor(known.run, policy, known.batch, reference, known.precision, known.deadline, len(files))
     if known.exit is not None:
+        # Only now: the number of exits is that of the network, which the predictor has loaded.
         predictor.policy = at_exit(known.exit, predictor.num_exits)
     done = []
     warned = False

@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> int:
         where, lacking = str(folder), publish.write_folder(known.run, folder)
     else:
         repository = hub.check_name(known.repository)
+        # Before the weights are copied: a missing login is said at once.
         hub.check_ready()
         with tempfile.TemporaryDirectory() as draft:
             try:

@@ -105,6 +105,7 @@ def claims(comparison: Comparison) -> list[Claim]:
     firsts = [
         _finding(group, 1, base, base.num_exits)
         for group, base in pairs
+        # Sets, because a group whose runs differ in it is neither the one nor the other.
         if _is_exitwise(base) == {True} and _is_exitwise(group) == {False} and group.num_exits and base.num_exits > 1
     ]
     found = [

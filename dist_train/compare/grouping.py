@@ -232,6 +232,7 @@ def _data_differences(first: SeedGroup, second: SeedGroup) -> list[str]:
     lines = []
     for known, what in ((_classes, "classes"), (_evaluated_on, "evaluation images")):
         a, b = known(first), known(second)
+        # Even the same ones: where a group has several, its means are over different images.
         if a and b and (a != b or len(a) > 1):
             lines.append(f"{what} ({_join(a)} and {_join(b)})")
     counts = [{run.report.get("images") for run in group.finished if run.report} for group in (first, second)]

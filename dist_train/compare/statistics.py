@@ -120,6 +120,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """
     adjusted, highest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(np.argsort(p_values, kind="stable").tolist()):
+        # Never below that of a smaller p-value.
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
         adjusted[index] = highest
     return adjusted

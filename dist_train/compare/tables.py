@@ -179,6 +179,7 @@ def _percent(spread: MeanStd | None, signed: bool) -> str:
     if spread is None:
         return "–"
     value = round(100 * spread.mean, 2)
+    # What rounds to 0 has no sign: neither +0.00 nor -0.00.
     mean = f"{value:{'+' if signed and value else ''}.2f}" if value else "0.00"
     return mean if spread.sd is None else f"{mean} ± {100 * spread.sd:.2f}"
 

@@ -68,6 +68,7 @@ class LossConfig(Section):
     @classmethod
     def _fill_preset(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("preset") == "authors":
+            # What is given comes last, so that it wins over the preset.
             return {"weight": 10.0, **given}
         return given
 

@@ -67,6 +67,7 @@ class SlurmConfig(Section):
                 f"tasks_per_node is {self.tasks_per_node}; with GPUs there is one task for each of them, leave it out"
             )
         fields = {name.replace("_", "-") for name in SlurmConfig.model_fields}
+        # mem and ntasks-per-node are set from fields that have other names.
         _check_flags("sbatch", self.sbatch, {*OWN_SBATCH, "mem", "ntasks-per-node", *fields})
         _check_flags("srun", self.srun, OWN_SRUN)
         return self

@@ -66,6 +66,7 @@ def resized_crops(
 def colors(seed: int, epoch: int, ids: Ids, jitter: tuple[float, float, float, float]) -> NDArray[np.float32]:
     """Factors of brightness, contrast and saturation, and degrees of hue, float32 [N, 4], each uniform in its range."""
     change = (2 * uniform(seed, epoch, Purpose.COLOR, ids, 4) - 1) * np.array(jitter)
+    # A jitter above 1 would give negative factors.
     factors = np.maximum(0, 1 + change[:, :3])
     # The hue in degrees, as DALI takes it.
     return np.concatenate([factors, 360 * change[:, 3:]], axis=1).astype(np.float32)

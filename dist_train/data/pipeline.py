@@ -126,6 +126,7 @@ class Loader:
         self._order = np.arange(len(index))  # views, see order.py
         urls = [place for place in places if isinstance(place, str)]
         self._cache = ShardCache(index, urls, data) if urls else None
+        # Of a shard that the cache removes, the disk space is free only when it is closed here.
         keep = {"keep_open": 2 * data.shuffle_shards} if self._cache else {}
         self._reader = ShardReader(index, index.folder or Path(places[0]), data.io_threads, self._cache, **keep)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
@@ -138,6 +139,7 @@ class Loader:
         )
         steps = tuple(self._parameters(self._order[:1]))
         self._decoder = Decoder(data, steps, micro_batch, device, threads, depth=data.prefetch)
+        # For images of a micro batch that was refused: again on the device, and on the CPU to tell whose fault it is.
         self._spare = Decoder(data, steps, 1, device, threads=1, depth=1)
         self._witness = Decoder(data, steps, 1, torch.device("cpu"), threads=1, depth=1)
 

@@ -60,6 +60,7 @@ class ShardReader:
         try:
             return self._read(sample)
         except OSError:
+            # Without the file that failed: after a remount, the open one would fail again.
             self._forget(shard)
         try:
             return self._read(sample)
@@ -124,6 +125,7 @@ class ShardReader:
         """Tell the kernel what will be read: it starts with all at once, which doubles one thread's rate from a cold disk."""
         for sample in samples:
             with contextlib.suppress(OSError):  # the reading itself says what is wrong
+                # Not held as in _read: should the file be closed meanwhile, the advice alone is lost.
                 number = self._descriptor(int(self._index.shard[sample])).number
                 place = int(self._index.offset[sample]), int(self._index.size[sample])
                 os.posix_fadvise(number, *place, os.POSIX_FADV_WILLNEED)
@@ -157,6 +159,7 @@ class _Descriptor:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
+        # It is not there where os.open has failed.
         if hasattr(self, "number"):
             os.close(self.number)
 

@@ -96,6 +96,7 @@ class ShardCache:
             self._reached = self._next = 0
             self._moved.notify_all()
         while len(self._threads) < _AT_ONCE:
+            # Daemons: a process that ends does not wait for their downloads.
             self._threads.append(threading.Thread(target=self._fetch_ahead, name="fetch", daemon=True))
             self._threads[-1].start()
 
@@ -229,6 +230,7 @@ class ShardCache:
                     break
                 path.unlink(missing_ok=True)
                 excess -= size
+            # Under the lock, so that the next one who makes room counts it.
             draft.touch()
 
 

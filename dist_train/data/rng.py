@@ -61,6 +61,7 @@ def _stream(seed: int, epoch: int, purpose: Purpose, places: NDArray[np.uint64])
     start = np.zeros(1, dtype=np.uint64)
     for part in (seed, epoch, int(purpose)):
         start = _mix(start + _GOLDEN + np.uint64(part))
+    # Number p of SplitMix64, without those before it: its state grows by the same step each time.
     return _mix(start + places * _GOLDEN)
 
 

@@ -74,6 +74,7 @@ class KeptQuarantine:
         kept = self.read()
         found = {split.whole_fingerprint: list(split.quarantine) for index in indices for split in index.splits}
         if not kept.keys() >= found.keys():
+            # What was kept first stands: the order of the run's samples follows from it.
             write_whole(self.path, json.dumps(found | kept))
 
     @staticmethod

@@ -24,6 +24,7 @@ WAIT_SECONDS = 15.0
 SINCE = "%Y-%m-%d %H:%M:%S"
 """How a lock's file writes the time at which it was taken."""
 _POLL_SECONDS = 0.25
+# EACCES as well: over NFS, flock is made of fcntl's locks, which may answer so.
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
 

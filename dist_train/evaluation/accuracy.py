@@ -78,12 +78,14 @@ def _resampled(
     images, exits = loss.shape
     gaps = np.zeros((images, exits, BINS), dtype=np.float32)
     for m in range(exits):
+        # The mean over all images of what stands in a bin is its share of the images times (confidence - accuracy).
         gaps[np.arange(images), m, bin_indices(confidence[:, m])] = confidence[:, m] - hits[:, m]
     columns = torch.from_numpy(np.concatenate([loss, gaps.reshape(images, -1)], axis=1))
     generator = np.random.default_rng(0)
     means = []
     for _ in range(RESAMPLES // RESAMPLES_AT_A_TIME):
         drawn = generator.integers(images, size=(RESAMPLES_AT_A_TIME, images), dtype=np.int32)
+        # How often each image is drawn: the means of a draw are a product with these counts.
         times = np.stack([np.bincount(row, minlength=images) for row in drawn]).astype(np.float32)
         # By torch, whose product of such flat matrices is ten times as fast as numpy's.
         means.append((torch.from_numpy(times) @ columns / images).numpy())

@@ -45,6 +45,7 @@ def corrupt(images: Tensor, ids: Sequence[int], corruption: str, severity: int) 
     elif corruption == "brightness":
         value = images.amax(dim=1, keepdim=True)  # of HSV, whose hue and saturation stay
         brighter = (value + amount).clamp(max=1)
+        # Black has no hue, and becomes grey.
         worse = torch.where(value > 0, images * brighter / value.clamp(min=1e-12), brighter)
     elif corruption == "contrast":
         mean = images.mean(dim=(2, 3), keepdim=True)
@@ -57,6 +58,7 @@ def corrupt(images: Tensor, ids: Sequence[int], corruption: str, severity: int) 
 
 
 def _noise(images: Tensor, ids: Sequence[int]) -> Tensor:
+    # On the CPU, because a generator on a GPU gives other numbers.
     rows = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(max(0, number))) for number in ids]
     return torch.stack(rows).to(images)
 
@@ -78,5 +80,6 @@ def _blur(images: Tensor, deviation: float) -> Tensor:
     kernel = torch.exp(-0.5 * (steps / deviation) ** 2)
     kernel = (kernel / kernel.sum()).expand(3, 1, -1)
     padded = functional.pad(images, (reach,) * 4, mode="replicate")
+    # A Gaussian is the product of one across and one down.
     across = functional.conv2d(padded, kernel[:, :, None, :], groups=3)
     return functional.conv2d(across, kernel[:, :, :, None], groups=3)

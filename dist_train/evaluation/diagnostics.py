@@ -45,6 +45,7 @@ def diagnose(samples: Samples, classes: int) -> Diagnostics:
     agreement = np.stack([(prediction[:, [m]] == prediction).mean(axis=0) for m in range(samples.exits)])
     counts = np.bincount(samples.labels, minlength=classes)
     hits = np.stack([np.bincount(samples.labels, hit[:, m], minlength=classes) for m in range(samples.exits)], axis=1)
+    # 0 / 0 for a class without images.
     with np.errstate(invalid="ignore"):
         class_top1 = hits / counts[:, None]
     uniquely_correct = [samples.ids[correct[:, m] & (correct.sum(axis=1) == 1)] for m in range(samples.exits)]
@@ -63,6 +64,7 @@ def diagnose(samples: Samples, classes: int) -> Diagnostics:
 
 def _confusions(samples: Samples, classes: int) -> list[tuple[int, int, list[int]]]:
     """Only pairs that occur are counted: a matrix of all pairs would be large for many classes."""
+    # One number for each pair of a class and what it is taken for.
     pairs = samples.labels[:, None] * classes + samples["prediction"]
     wrong = samples["rank"] > 0
     last, counts = np.unique(pairs[wrong[:, -1], -1], return_counts=True)

@@ -225,6 +225,7 @@ def _choose_calibration(
         if not len(ids):
             note = f"no budgets: {split} has a class with fewer than two labeled images; give --calibration a split"
         return _Calibration(f"half of {split}", split, None, ids, [note], index.fingerprint)
+    # Resolved: another way to the same folder leads to the same images.
     if os.path.realpath(data.location(name)) in map(os.path.realpath, trained.training_locations):
         raise DataError(
             f"--calibration {name} is what the network was trained on, where it is surer than on new images; give another "

@@ -44,6 +44,7 @@ def write(report: Report, out: str | Path | None = None) -> list[Path]:
     files = {f"report/{name}": text.encode() for name, text in tables(report).items()}
     files |= {f"report/{picture.name}.png": picture.png for picture in images}
     files["report.html"] = html_page(report, images).encode()
+    # NaN is no JSON: other programs could not read the report.
     files["report.json"] = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
     try:
         (folder / "report").mkdir(parents=True, exist_ok=True)

@@ -143,6 +143,7 @@ def guarantee(
     if thresholds is None:  # nothing is certified: what the last exit does is shown
         thresholds = np.full(len(column), math.inf, dtype=np.float32)
     measured = measure(request.targets, scoring, thresholds, test, column)
+    # An epsilon is asked for, and plays no part in what is measured.
     top1, spent = (
         measure([Target(risk, 0.5)], scoring, thresholds, test, column)[0].value for risk in ("error", "cost")
     )

@@ -89,6 +89,7 @@ def _accuracy(report: Report) -> Figure:
     hits, images = correct(report.test).sum(axis=0), len(report.test)
     top1 = hits / images
     intervals = np.array([interval(int(number), images) for number in hits])
+    # Matplotlib wants the distances from the value, [2, M], and not the ends.
     errors = np.abs(intervals - top1[:, None]).T
     axes.errorbar(costs, 100 * top1, 100 * errors, **line_style(0), capsize=3, label="exit, all images leave there")
     axes.plot(
@@ -261,6 +262,7 @@ def _heat(axes: Any, values: Any, annotate: bool) -> None:
     if not annotate:
         return
     for row, column in np.ndindex(values.shape):
+        # The low end of cividis is dark.
         dark = values[row, column] < low + 0.6 * (high - low)
         axes.text(
             column,

@@ -226,6 +226,7 @@ class Report:
             budgets = np.linspace(costs[0], costs[-1], SWEEP).tolist() if budgets is None else budgets
 
             def scorer(rows: NDArray[np.int64]) -> NDArray[np.float32]:
+                # The measure too is fitted on these rows alone: images of the promise have no part in any fit.
                 return fit_scoring(calibration.select(rows), measure, scaled)(calibration)
 
             fitted = crossfit.fit(scorer, correct(calibration), costs, budgets)
@@ -257,6 +258,7 @@ class Report:
             return []
         ways: list[tuple[AnyMeasure, bool, str]] = [("max_probability", False, cost) for cost in self.kinds]
         others = [measure for measure in (*MEASURES, *HISTORY_MEASURES) if measure != "max_probability"]
+        # Behind the first way, whose sweeps the page and the pictures take by their place.
         ways[1:1] = [("max_probability", True, "multiply_adds")]
         ways[2:2] = [(measure, False, "multiply_adds") for measure in others]
         methods: tuple[Method, ...] = ("optimal", "geometric")
@@ -361,6 +363,7 @@ class Report:
 
 def _most_expensive(thresholds: NDArray[np.float32], spent: list[float], limit: float) -> NDArray[np.float32]:
     """The most expensive thresholds within a limit; all images at the first exit, where none keeps to it."""
+    # A sum of costs may miss by rounding a limit that it equals.
     within = [index for index, cost in enumerate(spent) if cost <= limit * (1 + 1e-9)]
     if not within:
         return np.full(thresholds.shape[1], ALWAYS, dtype=np.float32)

@@ -67,6 +67,7 @@ def reduce_logits(logits: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]
         columns["ensemble_loss"] = _loss(log_mean, labels)
         columns["ensemble_max_probability"] = log_mean.amax(dim=1).exp()
         columns["max_probability"] = confidence(exit_logits, "max_probability")
+        # Rounding can take 1 - H / log K below 0.
         columns["entropy"] = confidence(exit_logits, "entropy").clamp(0, 1)
         columns["margin"] = confidence(exit_logits, "margin")
         scaled = [(exit_logits / temperature).log_softmax(dim=1) for temperature in TEMPERATURES]
@@ -106,6 +107,7 @@ class SampleCollector:
         """The rows of all ranks, on all of them; every rank must call."""
         # A rank whose share of the split is empty knows no columns yet.
         empty = reduce_logits([torch.zeros(0, 2)] * num_exits, torch.zeros(0, dtype=torch.int64))
+        # -1 for no label becomes 0, which the sum over the ranks needs.
         labels = self._over_ranks(group, self._labels + 1) - 1
         columns = {
             name: self._over_ranks(group, self._columns.pop(name, column.new_zeros(self._images, *column.shape[1:])))

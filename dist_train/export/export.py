@@ -79,6 +79,7 @@ def export(
             programs = _write(staged, data.image_size, point.policy, draft, form.format, images)
             programs |= {"precision": form.precision}
             policy = policies.content(point, costs, meta.classes, data, meta.progress.step, programs)
+            # Once before the runner opens it, which checks all hashes, and once more with what it has measured.
             policies.write(draft, policy)
             exported = open_export(draft, threads=1)
             batches = _batches(data, index, compared)
@@ -134,6 +135,7 @@ def _write(
         images: [N, 3, S, S] to find ranges for int8; None: float32.
     """
     with tempfile.TemporaryDirectory(dir=folder) as draft:
+        # The other formats are made of the ONNX programs, which do not belong to them.
         place = folder if format_ == "onnx" else Path(draft)
         names = write_programs(staged, image_size, place)
         stages = [place / name for name in names]
@@ -209,6 +211,7 @@ def _batches(
     )
     try:
         for micro in loader.evaluation(samples):
+            # -1 is an image that could not be read.
             read = micro.ids >= 0
             if read.any():
                 yield micro.images[read], micro.labels[read], [loader.encoded(one) for one in micro.ids[read].tolist()]

@@ -49,6 +49,7 @@ def quantize(stages: Sequence[Path], images: NDArray[np.float32]) -> None:
             raise
         except Exception as error:  # the quantiser raises what each of its steps raises
             raise ConfigError(f"stage {number} cannot be quantised: {reason(error)}") from None
+        # By the float32 session, which has read its file before: ranges are those of what the network hands on.
         given = [session.run(None, one)[1:] for one in inputs]
 
 

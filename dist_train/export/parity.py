@@ -141,6 +141,7 @@ def _add(
     every = torch.stack(logits, dim=1).numpy()
     rows = np.arange(len(images))
     taken = every[rows, result.exits - 1]
+    # Once more as the runner computes: only the images that have not left go on to the next program.
     _check_logits(found, float(np.abs(taken - result.logits).max()), scale, "the exit taken")
     another = every[rows, exits].argmax(1) != result.classes
     found.ties += 0 if found.max_changed is not None else int(other.sum())
@@ -170,6 +171,7 @@ def _exits(policy: Thresholds, logits: tuple[Tensor, ...]) -> tuple[NDArray[np.i
     last = len(logits) - 1
     exits = torch.full((len(classes),), last)
     margins = torch.full((len(classes),), float("inf"))
+    # From the last one to the first, so that the first exit that lets an image go decides.
     for number in reversed(range(last)):
         leaves = policy.should_exit(number, logits[number], classes[:, : number + 1])
         exits[leaves] = number
@@ -182,10 +184,13 @@ def _add_pillow(found: Parity, exported: EarlyExit, images: Any, files: list[byt
     """The same images as the runner itself decodes them."""
     decoded = np.stack([exported.load(io.BytesIO(file)) for file in files])
     deviation = np.float32(exported.policy["preprocessing"]["std"])[:, None, None]
+    # Back from (x / 255 - mean) / std to levels; the mean cancels in a difference.
     levels = np.abs(decoded - images) * deviation * 255
+    # Both by the exported programs, so that only the decoding differs.
     expected, got = exported.predict(images), exported.predict(decoded)
     weight = len(images) / (found.pillow_images + len(images))
     found.pillow_images += len(images)
+    # mean <- mean + n / N (mean of the batch - mean)
     found.pillow_mean_difference += weight * (float(levels.mean()) - found.pillow_mean_difference)
     found.pillow_largest_difference = max(found.pillow_largest_difference, float(levels.max()))
     found.pillow_other_class += int((expected.classes != got.classes).sum())

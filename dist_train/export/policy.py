@@ -71,6 +71,7 @@ def write(folder: Path, policy: dict[str, Any]) -> None:
     """Write policy.json with the hashes of all other files of the folder, and its own over what it says."""
     files = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != NAME}
     unsigned = {key: value for key, value in policy.items() if key != "sha256"} | {"files": files}
+    # As it will be read, with lists for tuples: the hash has to be that of the file's content.
     policy = json.loads(json.dumps(unsigned, allow_nan=False))
     signed = hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()
     write_whole(folder / NAME, json.dumps(policy | {"sha256": signed}, indent=1) + "\n")

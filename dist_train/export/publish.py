@@ -44,6 +44,7 @@ def write_published(path: str | Path, folder: Path, address: str) -> list[str]:
     config = _without_places(config)
     shutil.copyfile(checkpoint.evaluated_weights(path), folder / "model.safetensors")
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    # Both name files and folders of this machine.
     state = asdict(replace(meta, unreadable={}, teachers={}))
     (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     checkpoint.write_manifest(folder)
@@ -60,6 +61,7 @@ def write_published(path: str | Path, folder: Path, address: str) -> list[str]:
         exported = policies.with_defaults(exported)
         (folder / policies.FOLDER).mkdir()
         for name in (*exported.get("files", ()), policies.NAME):
+            # The names come from a file: one with a path in it would lead out of the folder.
             file = run / policies.FOLDER / PurePath(name).name
             if not file.is_file():
                 raise CheckpointError(f"{file}: is missing; export again, or remove {file.parent}")
@@ -111,6 +113,7 @@ def _without_places(config: Config) -> Config:
     pretrained = config.model.pretrained
     if isinstance(pretrained, Path):
         pretrained = Path(_name(pretrained))
+    # Without their folders two runs may have one name, which the field refuses to have twice.
     teachers = [_teacher(name) for name in config.loss.outside_teachers]
     defaults = Config(data=data)
     return config.model_copy(

@@ -29,6 +29,7 @@ def exit_milliseconds(exported: EarlyExit, image: NDArray[np.float32]) -> list[f
             exported.predict(image)
             times[-1].append(1000 * (time.perf_counter() - start))
     exported.thresholds = chosen
+    # The first round warms up.
     return [statistics.median(column) for column in zip(*times[1:])]
 
 

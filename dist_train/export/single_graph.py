@@ -110,6 +110,7 @@ def _from_exit(
         last = [helper.make_node("Identity", [name], [new]) for name, new in zip((logits, here.name), outputs)]
         return [*nodes, *last], [*weights, here], outputs
     if not number:
+        # No class so far, with a dimension of 0, so that all decisions take the same inputs.
         before = "no_classes"
         weights.append(numpy_helper.from_array(np.zeros((1, 0), dtype=np.int64), before))
     deciding, constants, (leaves, classes) = _inlined(
@@ -117,6 +118,7 @@ def _from_exit(
     )
     inner, inner_weights, inner_outputs = _from_exit(number + 1, gives, classes, stages, decisions)
     width = _shape(stages[number].graph.output[0])[1]
+    # Names of their own: nested graphs may give each name once.
     stop_outputs = [f"stop_{name}" for name in outputs]
     stop = helper.make_graph(
         [helper.make_node("Identity", [name], [new]) for name, new in zip((logits, here.name), stop_outputs)],
@@ -124,6 +126,7 @@ def _from_exit(
         [],
         _outputs(stop_outputs, width),
     )
+    # Without inputs: a branch sees the names of the graphs around it.
     further = helper.make_graph(inner, f"further{number}", [], _outputs(inner_outputs, width), inner_weights)
     choice = helper.make_node("If", [leaves], outputs, f"exit{number + 1}", then_branch=stop, else_branch=further)
     return [*nodes, *deciding, choice], [*weights, *constants, here], outputs

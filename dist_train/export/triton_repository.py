@@ -96,6 +96,7 @@ def _model_folder(repository: Path, name: str) -> Path:
 
 def _tensor(value: onnx.ValueInfoProto) -> Tensor:
     kind = value.type.tensor_type
+    # -1 is a size that is not fixed.
     dims = [one.dim_value or -1 for one in kind.shape.dim][1:]
     if not dims or kind.elem_type not in _TYPES:
         raise ConfigError(

@@ -17,6 +17,7 @@ MASKED = -1e30
 """What a logit of -inf counts as in sums: 0 times it must be 0."""
 CHUNK = 1 << 19
 """Logits that are worked on at a time, so that the temporaries of a large batch stay small."""
+# [2, 1, 1]: against ranks [M, N] this gives [2, M, N], whose rows are the hits of top-1 and of top-5.
 _HITS = torch.tensor([1, 5])[:, None, None]
 
 
@@ -70,6 +71,7 @@ def exit_loss_cpu(
     constants = _make_constants(exits, options, samples, dtype, grad_scale(logits[0].dtype, samples))
     grads = logits[0].new_empty((num_exits, samples, classes) if options.with_grad else (0, 0, 0))
     sums: list[tuple[Tensor, Tensor]] = []
+    # All exits of a sample are in the same chunk: students are compared with their teachers.
     rows = max(1, CHUNK // (num_exits * classes))
     for start in range(0, samples, rows):
         part = slice(start, start + rows)
@@ -133,6 +135,7 @@ def _chunk(
         # Summed in the dtype of the computation and rounded once, when all terms are in it.
         gradient = grads if grads.dtype == q.dtype else torch.empty_like(q)
         # All weighted pairs of a student together have the gradient of one cross-entropy to the mixture of its teachers.
+        # The view exists for a chunk too: the gradient of the whole batch has the samples of an exit side by side.
         torch.mm(constants.pair_gradient, q.view(len(q), -1), out=gradient.view(len(q), -1))
     index = [ids.expand(len(x), -1).unsqueeze(-1) for ids in labels.ids]
     label_logits = [x.gather(-1, classes) for classes in index]
@@ -157,7 +160,9 @@ def _chunk(
     # The last use of the probabilities of the labels: their memory takes the comparisons.
     hits = (_ranks(x, *_scored_label(labels, label_logits), out=plain.probs) < _HITS) & counted
     nonfinite = 0 if finite is None else len(finite) - int(finite.sum())
+    # The zero is the count of labels out of range: here they are refused in _read_labels.
     counts = torch.tensor([float(confidence), q.shape[1], int(counted.sum()), 0, nonfinite])
+    # kl needs no mask: _cross_entropies leaves out samples that are not finite.
     vector = [_where(counted, ce).sum(1), kl, hits.sum(2).view(-1), counts]
     return loss, torch.cat(vector)
 
@@ -170,6 +175,7 @@ def _where(finite: Tensor | None, values: Tensor) -> Tensor:
 def _softmax(x: Tensor) -> _Softmax:
     """Softmax of logits [M, N, K] with a maximum of 0: log-sum-exp is minus the logarithm of the largest probability."""
     probs = x.softmax(-1)
+    # No logarithm of 0: the largest of K probabilities is at least 1 / K.
     return _Softmax(x, probs, -probs.amax(-1).log())
 
 
@@ -183,6 +189,7 @@ def _read_labels(targets: Targets, classes: int, dtype: torch.dtype) -> _Labels:
         return _Labels([soft.argmax(-1)], [], soft, soft.sum(-1) > 0)
     ids = [targets.labels] if targets.second is None else [targets.labels, targets.second]
     for labels in ids:
+        # Both bounds in one pass; masks [N] are made only if something is below 0 or too large.
         low, high = (int(value) for value in labels.aminmax())
         if high >= classes or bool(low < 0 and ((labels < 0) & (labels != UNLABELED)).any()):
             wrong = labels[(labels >= classes) | (labels < 0) & (labels != UNLABELED)]
@@ -197,6 +204,7 @@ def _read_labels(targets: Targets, classes: int, dtype: torch.dtype) -> _Labels:
             )
         shares = [lam.to(dtype), 1 - lam.to(dtype)]
     has_label = ids[0] >= 0 if len(ids) == 1 else (ids[0] >= 0) & (ids[1] >= 0)
+    # Unlabeled samples get class 0, so that they can be gathered; the factor of their label loss is 0.
     return _Labels([labels.clamp(min=0) for labels in ids], shares, None, has_label)
 
 
@@ -233,6 +241,7 @@ def _label_terms(
             if gradient is not None:
                 gradient.scatter_add_(-1, classes, factor * (-keep * share))
     else:
+        # A distribution need not sum to 1; a row of zeros gives a loss and a gradient of 0.
         target_sum = labels.soft.sum(-1, keepdim=True)
         ce = plain.log_sum_exp * target_sum.squeeze(-1) - (plain.logits.clamp(min=MASKED) * labels.soft).sum(-1)
         if gradient is not None:
@@ -246,6 +255,7 @@ def _label_terms(
         smooth_ce = keep * ce + smoothing * uniform_ce
         if gradient is not None:
             gradient.addcmul_(factor, uniform, value=-smoothing)
+        # The uniform part has mass 1, whatever the target sums to.
         target_sum = keep * target_sum + smoothing
     if gradient is not None:
         gradient.addcmul_(factor * target_sum, plain.probs)
@@ -269,6 +279,7 @@ def _ranks(x: Tensor, ids: Tensor, label_logit: Tensor, out: Tensor) -> Tensor:
     larger = torch.gt(x, label_logit, out=out).sum(-1)
     torch.eq(x, label_logit, out=out)
     if float(out.sum()) != label_logit.numel():  # each label equals itself; a tie, or a NaN, makes another sum
+        # From rank 5 on, ties change neither top-1 nor top-5.
         tied = (out.sum(-1) > 1) & (larger < 5)
         earlier = torch.arange(x.shape[-1]) < ids[:, None]
         exits, samples = tied.nonzero(as_tuple=True)

@@ -38,13 +38,16 @@ def decoupled_loss(
     classes = _classes(logits, targets, exits)[:, None]
     without_labels = exits._replace(label_weights=exits.label_weights * 0)
     options = LossOptions(rule, cross_entropy=False, with_grad=any(z.requires_grad for z in logits))
+    # The losses to the labels come from the call for the whole objective; here they would count twice.
     unlabeled = Targets(torch.full_like(classes[:, 0], UNLABELED), weights=targets.weights)
     total = torch.zeros((), device=logits[0].device)
     # The label's class against all others together: their logit is such that two classes have the same softmax as all.
     pairs, others = [], []
     for z, temperature in zip(logits, exits.temperature):
+        # Without the label's class, the softmax is the distribution among the others (NCKD).
         rest = z.scatter(1, classes, -torch.inf)
         others.append(rest)
+        # Its exponential at temperature T is the sum of those of all others.
         together = temperature * (rest.float() / temperature).logsumexp(1, keepdim=True)
         pairs.append(torch.cat([z.gather(1, classes).float(), together], 1))
     for problem, weight in zip((pairs, others), weights):

@@ -97,6 +97,7 @@ def zeros(count: tl.constexpr):
 def write_nan(grads, size: tl.constexpr):
     """NaN over ``size`` numbers, whichever threads have written them."""
     nan = tl.full([LANES], float("nan"), tl.float32).to(grads.dtype.element_ty)
+    # Without it, a thread could write its gradient over another thread's NaN.
     tl.debug_barrier()
     for start in range(0, size, LANES):
         k = start + tl.arange(0, LANES)

@@ -146,6 +146,7 @@ def _first_reading(
     scored = tl.where(lam >= 0.5, label, second)
     scored_logit = tl.load(row + scored).to(tl.float32)
     scale = LOG2E * reciprocal(tl.load(temperature))
+    # Not -inf: after a first block of masked classes alone, before - top would be -inf + inf, a NaN.
     top, total, tempered_total, rank = -1e30, 0.0, 0.0, tl.zeros([], tl.int32)
     product, mean, count = 0.0, 0.0, 0.0
     for start in range(0, K, BLOCK_K):
@@ -207,6 +208,7 @@ def _second_reading(
             if is_student(RULE, m, M):
                 distill = scales[1] * tl.load(exits.distill_weights + m) * tl.load(exits.temperature + m)
                 teacher = mixture * teacher_share(RULE, m, M)
+                # sum_t w_t (q_m - q_t): a row of an explicit matrix need not sum to 1.
                 gradient += distill * (mixture_sum * q - teacher)
                 added = added + (_by_thread(teacher * x, THREADS),)
             if is_teacher(RULE, m, M):
@@ -214,6 +216,7 @@ def _second_reading(
             if grads is not None:
                 tl.store(grads + (n * M + m) * K + k, gradient.to(grads.dtype.element_ty), mask=k < K)
             if RULE == "matrix":
+                # Once for all exits: the mixture whose confidence is taken does not depend on the student.
                 if m == 0:
                     confidence = tl.maximum(confidence, _mix(probs, exits.confidence_weights, M)[0])
             elif m == M - 1:

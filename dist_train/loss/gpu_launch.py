@@ -36,6 +36,7 @@ def exit_loss_gpu(
     # whose order would make the last digits differ from run to run.
     programs = min(samples, _num_sms(device) * WARPS_PER_SM // constants["num_warps"])
     partials = torch.empty((programs, SUMS.value, width(num_exits)), device=device)
+    # Triton launches on the current device, which need not be that of the logits.
     with torch.cuda.device_of(logits[0]):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             rows,
@@ -49,6 +50,7 @@ def exit_loss_gpu(
             K=classes,
             **constants,
         )
+        # A single program, so that the order of the sum is fixed: each of its 512 threads holds 8 numbers of each sum.
         finish_kernel[(1,)](
             partials,
             exits,
@@ -67,6 +69,7 @@ def exit_loss_gpu(
 def scale_gradients_gpu(gradients: Tensor, factor: Tensor) -> None:
     """Multiply gradients [M, N, K], as :func:`exit_loss_gpu` gives them, by ``factor`` [] without waiting for it."""
     with torch.cuda.device_of(gradients):  # type: ignore[no-untyped-call]
+        # [N, M, K], as the kernels wrote it: contiguous, so that it can be walked through as one range.
         scale_kernel[(_num_sms(gradients.device) * 8,)](
             gradients.transpose(0, 1), factor, gradients.numel(), BLOCK=2048
         )
@@ -82,6 +85,7 @@ def choose_kernel(num_exits: int, classes: int, targets: Targets, options: LossO
     A warp has up to 1024 classes in registers, 32 in each thread; with more warps per sample, sums need barriers.
     """
     block = 1 << (classes - 1).bit_length()
+    # The single pass keeps the classes of a row in registers; it has code for rules, and none for a matrix.
     if (
         not targets.labels.is_floating_point()
         and options.rule != "matrix"

@@ -68,6 +68,7 @@ def single_pass_kernel(
         if RULE == "ensemble":
             mixture = _ensemble(n, labels[0], logits, exits, M, K, BLOCK_K)
         factors = (factor * grad_scale, weight * grad_scale / samples)
+        # The next sample's row is loaded ahead; after the last sample it must not be one beyond the batch.
         sample = (n, labels, factors, tl.minimum(n + tl.num_programs(0), samples - 1))
         # The last exit, then the others in a loop that is not unrolled: a sample's code has to fit into the instruction cache.
         row, mixture, columns = _exit(row, mixture, zeros(VALUES), sample, tensors, M - 1, M, K, OBJECTIVE, True)

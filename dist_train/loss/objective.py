@@ -109,6 +109,7 @@ class ExitDistillation(nn.Module):
             "last_exit": pad(torch.eye(num_exits)[-1], (0, outside)),
         }
         for name, tensor in constants.items():
+            # Not persistent: they follow from the configuration, and a checkpoint holds what training has moved.
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("temperature", initial.clone())
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -183,6 +184,7 @@ class ExitDistillation(nn.Module):
         if self.config.teachers in ("best", "better"):
             with torch.no_grad():
                 _, vector, _ = exit_loss(logits, given, exits, options._replace(with_grad=False))
+                # Sums over the same labeled samples: they compare as the means do.
                 losses = ExitStats(vector, len(logits)).label_loss[: self.num_exits]
                 matrix = self._teachers(losses, len(outside))
                 exits = exits._replace(teachers=matrix, confidence_weights=last_teacher_mixture(matrix))
@@ -213,6 +215,7 @@ class ExitDistillation(nn.Module):
         )
         if not self.num_outside:
             return exits
+        # Evaluated without the outside teachers: the weights of the exits among themselves.
         if rows == self.num_exits:
             return exits._replace(
                 label_weights=label_weights[:rows],
@@ -282,6 +285,7 @@ class ExitDistillation(nn.Module):
         if z.dim() != 2 or not z.shape[1] or not known:
             allowed = ", ".join(map(_short, DTYPES))
             raise DataError(f"logits[0] is {_describe(z)}; allowed is [N, K], K at least 1, in {allowed}")
+        # The GPU kernels take pointers and the shape of the first exit: they would read beyond a smaller tensor.
         for number, other in enumerate(logits):
             if (other.shape, other.dtype, other.device) != (z.shape, z.dtype, z.device):
                 raise DataError(

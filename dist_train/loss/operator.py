@@ -86,6 +86,7 @@ def _fake(
     vector = first.new_empty(ExitStats.size(len(logits)), dtype=torch.float32)
     if not with_grad:
         return loss, vector, first.new_empty((0, 0, 0))
+    # The GPU kernels write the exits of a sample side by side; shown as [M, N, K] the strides differ from the CPU's.
     grads = first.new_empty((samples, len(logits), classes) if on_gpu else (len(logits), samples, classes))
     return loss, vector, grads.transpose(0, 1) if on_gpu else grads
 
@@ -123,6 +124,7 @@ class _ExitLoss(torch.autograd.Function):
 
 
 def _below_autograd(logits: Sequence[Tensor], *constants: Any) -> Outputs:
+    # Without it the dispatcher would come back to _autograd.
     with torch._C._AutoDispatchBelowAutograd():
         outputs: Outputs = torch.ops.dist_train.exit_loss(logits, *constants)
     return outputs

@@ -83,6 +83,8 @@ def last_teacher_mixture(matrix: Tensor) -> Tensor:
     """The mixture [M] that teaches the deepest exit that has a teacher (what the authors' temperature rule looks at)."""
     exits = torch.arange(len(matrix), device=matrix.device)
     taught = (exits * (matrix.sum(1) > 0)).argmax()
+    # index_select, because an index that is a tensor is read on the host, which waits for the device.
     row = matrix.index_select(0, taught.view(1)).squeeze(0)
     last = (exits == len(matrix) - 1).to(row.dtype)
+    # Without any teacher, the confidence is the last exit's own.
     return torch.where(row.sum() > 0, row / row.sum(), last)

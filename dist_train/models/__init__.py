@@ -84,6 +84,7 @@ def _build(config: ModelConfig, num_classes: int, image_size: int) -> MultiExitN
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On a CPU a plain RuntimeError whose text has "can't allocate memory"; the GPU's OutOfMemoryError is one as well.
     return "allocate" in str(error) or "out of memory" in str(error)
 
 
@@ -137,6 +138,7 @@ def _call_by_name(name: str, num_classes: int, options: Mapping[str, Any]) -> nn
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"model.name is {name!r}, which cannot be found ({error}); use module:function") from None
     try:
+        # Before the call, whose own TypeErrors would otherwise be taken for wrong arguments.
         inspect.signature(build).bind(num_classes, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(

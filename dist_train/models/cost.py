@@ -98,6 +98,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._macs += rule(*args, **kwargs, out_val=out)
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, nn.Parameter):
+                # By identity: a parameter that several layers share counts once.
                 self._parameters[id(leaf)] = leaf.numel()
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -116,6 +117,7 @@ def _linear_with_bias(bias: Tensor, rows: Tensor, weight: Tensor, *_: Any, out_v
 
 def _window(images: Tensor, kernel: list[int], *_: Any, out_val: Any, **__: Any) -> int:
     pooled = out_val[0] if isinstance(out_val, tuple) else out_val
+    # A square window may be given by one number.
     return int(pooled.numel() * kernel[0] * kernel[-1])
 
 

@@ -48,6 +48,7 @@ def attach_exits(
     _check_names(network, at)
     with evaluating(network):
         parameter = next(network.parameters())
+        # Two, so that a first size of 2 in an output means a row per image.
         images = torch.randn(2, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
         features, output = _trial_run(network, at, images)
         with torch.device(parameter.device):
@@ -60,6 +61,7 @@ def attach_exits(
         if not (images.is_meta or isinstance(images, FakeTensor)):  # which have shapes, but no values to compare
             _check_iteration(attached, images)
             attached.find_shared(images)
+    # The network's modules have their modes back; the heads are new.
     attached.heads.train(network.training)
     attached.training = network.training
     return attached
@@ -110,6 +112,7 @@ class AttachedExits(MultiExitNetwork):
         Rows are never taken from those, whatever their length.
         """
         lengths = []
+        # With one more image, only what belongs to no image keeps its length.
         for batch in (images, torch.cat([images, images[:1]])):
             memory = _Memory(_outermost(self.network, self._at))
             with memory:
@@ -136,6 +139,7 @@ class AttachedExits(MultiExitNetwork):
     def _at_exit(self, number: int, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._wanted == number:
             raise _Reached(self.heads[number](_first_tensor(output)))
+        # Another pass than a whole one or one to an exit, such as those of find_shared, needs no logits.
         if self._wanted is None and self._logits is not None:
             self._logits.append(self.heads[number](_first_tensor(output)))
 
@@ -182,8 +186,10 @@ class _Memory:
 
     def __enter__(self) -> None:
         calls: Counter[int] = Counter()
+        # A forward of the instance itself is put back afterwards; usually it is the class's, and there is none.
         self._replaced = [vars(module).get("forward") for module in self._modules]
         for number, module in enumerate(self._modules):
+            # The instance's attribute comes before the class's method; the module's hooks, such as exits, still run.
             vars(module)["forward"] = partial(self._call, number, calls, module.forward)
 
     def __exit__(

@@ -95,6 +95,7 @@ def _load(network: MSDNet, state_dict: Mapping[str, Tensor]) -> MSDNet:
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{key} is a {type(value).__name__}, not a tensor; give the state dict alone")
+    # DataParallel puts `module.` before every name.
     given = {key.removeprefix("module."): value for key, value in state_dict.items()}
     own = network.state_dict()
     theirs = {their_key: key for their_key, key in _renamed(network) if key in own}
@@ -160,6 +161,7 @@ def _cells(network: MSDNet) -> Iterator[tuple[str, int, int, nn.Module]]:
 
 def _msdnet_pytorch(network: MSDNet) -> Iterator[tuple[nn.Module, str]]:
     for scale, unit in enumerate(network.stem):
+        # With a pooling, for large images, their first unit is a plain sequence, without a module around it.
         has_pool = len(cast(ConvNormReLU, unit)) == 4
         yield from _unit(unit, f"blocks.0.0.layers.{scale}" + ("" if has_pool else ".net"))
     for stage, _, place, cell in _cells(network):
@@ -168,6 +170,7 @@ def _msdnet_pytorch(network: MSDNet) -> Iterator[tuple[nn.Module, str]]:
             continue
         for path, name in ((cell.down, "conv_down"), (cell.normal, "conv_normal")):
             for index, unit in enumerate(_units(path)):
+                # A unit is three modules in their sequence: convolution, norm, ReLU.
                 yield from _unit(unit, f"{stage}.layers.{place}.{name}.net", 3 * index)
     for number, head in enumerate(network.heads):
         conv1, conv2, *_, linear = head.children()
@@ -192,6 +195,7 @@ def _multiexit_distillation(network: MSDNet) -> Iterator[tuple[nn.Module, str]]:
         conv1, conv2, *_, linear = head.children()
         yield from _unit(conv1, f"exits.{number}.0")
         yield from _unit(conv2, f"exits.{number}.1")
+        # Behind two convolutions, the pooling and the flattening.
         yield linear, f"exits.{number}.4"
 
 

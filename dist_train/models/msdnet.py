@@ -261,6 +261,7 @@ def _plan_stages(layers: int, widths: _Widths, width: int, prune: Prune, reducti
         transitions = {layers // 3, 2 * layers // 3} if prune == "min" else set()
     stages = []
     for layer in range(1, layers + 1):
+        # A layer leads one scale further, and exits read the coarsest: from finer scales than this none is reached.
         used = max(finest[layer], scales - 1 - (layers - layer))
         grown = width + widths.growth
         stages.append(_Stage(layer, False, width, grown, finest[layer - 1], finest[layer], used))
@@ -313,6 +314,7 @@ def _build_stage(stage: _Stage, widths: _Widths, dialect: Dialect) -> nn.ModuleD
             half = added[scale] // 2
             down = widths.path(before[scale - 1], half, scale - 1, 2, bias)
             cell = DenseCell(down, widths.path(before[scale], half, scale, 1, bias), down_last=bias)
+        # Modules that no exit depends on never get a gradient.
         cells[str(scale)] = cell.requires_grad_(scale >= stage.finest_used)
     return cells
 

@@ -134,6 +134,7 @@ def _configuration(module: Any, name: str, image_size: int, fields: dict[str, An
         known = kind()
         if hasattr(known, "image_size"):
             fields = {"image_size": image_size, **fields}
+        # A configuration takes any keyword without complaint, so a misspelt one would have no effect.
         unknown = [field for field in fields if field != "num_labels" and not hasattr(known, field)]
         if unknown:
             raise ValueError(f"{name} has no field {', '.join(unknown)}")

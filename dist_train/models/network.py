@@ -68,6 +68,7 @@ class MultiExitNetwork(nn.Module):
         """
         exits, rows, total = self.iter_exit_logits(images), None, None
         for number in range(1, self.num_exits + 1):
+            # At first None, with which a generator starts.
             logits = exits.send(rows)
             if self.ensemble is not None:
                 logits, total = add_exit(self.ensemble, number, logits, total)

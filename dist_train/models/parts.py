@@ -76,6 +76,7 @@ def _are_beside(first: str, second: str) -> bool:
     one, other = next(
         (pair for pair in zip(first.split("."), second.split(".")) if pair[0] != pair[1]), (first, second)
     )
+    # Numbers are places in a sequence, where 1 also begins 10.
     return other.startswith(one) and not one.isdecimal()
 
 

@@ -72,6 +72,7 @@ def static_networks(network: MultiExitNetwork, image_size: int) -> list[nn.Modul
 
 def _random_images(network: nn.Module, image_size: int) -> Tensor:
     parameter = next(network.parameters())
+    # Neither 0 nor 1 images: torch.export would take their number for a constant.
     return torch.randn(3, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
 
 
@@ -112,10 +113,12 @@ def _fold_batch_norms(whole: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.target is not _ATEN.batch_norm.default:
             continue
+        # aten::batch_norm(input, weight, bias, mean, variance, training, momentum, eps, ...)
         conv, *statistics = node.args[:5]
         # Another reader of the convolution wants it as it is.
         if conv.target is not _ATEN.conv2d.default or len(conv.users) > 1 or None in statistics[2:]:
             continue
+        # The arguments of a convolution without a bias end before it.
         weight, bias, scale, shift = (
             None if one is None else _value(whole, one) for one in (*(*conv.args[1:3], None)[:2], *statistics[:2])
         )
@@ -208,6 +211,7 @@ class _Cut:
             elif node.target is _ATEN.sym_size.int:
                 if node.meta["val"] != self._batch:
                     raise _uncut(self._name, f"{node.name} is a size that is not the number of images")
+                # Of the stage's own input: when images have left, it has fewer rows than the first stage was given.
                 copies[node] = graph.call_function(_ATEN.sym_size.int, (first, 0))
             else:
                 copies[node] = graph.node_copy(node, copy)

@@ -62,6 +62,7 @@ def load_backbone(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
     """
     given = {key.removeprefix("module."): value for key, value in weights.items()}
     own = model.state_dict()
+    # Names of the backbone by itself, which lies in `network`.
     if not any(key in own for key in given):
         given = {f"network.{key}": value for key, value in given.items()}
     exits = [*exit_parts(model), "heads"]
@@ -82,6 +83,7 @@ def load_backbone(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
             f"{source}: does not fit the network: {', '.join(found)}; give weights of this architecture"
         )
     fitting = {key: value for key, value in given.items() if key in own and key not in misshapen}
+    # Its own values fill the gaps, so that the loading can stay strict.
     model.load_state_dict(own | fitting)
 
 

@@ -32,11 +32,13 @@ def confidence(logits: torch.Tensor, measure: Measure = "max_probability") -> to
     if measure == "max_probability":
         return log_probabilities.amax(dim=1).exp()
     if classes == 1:
+        # No second class for a margin, and an entropy divided by log 1.
         return torch.ones_like(log_probabilities[:, 0])
     if measure == "margin":
         first, second = log_probabilities.topk(2, dim=1).values.exp().unbind(dim=1)
         return first - second
     probabilities = log_probabilities.exp()
+    # xlogy, because 0 log 0 is 0, and not NaN.
     negative_entropy = torch.special.xlogy(probabilities, probabilities).sum(dim=1)
     return torch.add(negative_entropy / math.log(classes), 1)
 

@@ -255,6 +255,7 @@ def _prepare(file: Path, data: DataConfig) -> dict[str, Any]:
     """The decoder's columns for one file; what shards would store of it is what is decoded."""
     image = encode(read_path(file))
     size = np.array([[image.height, image.width]], dtype=np.int64)
+    # Not for training: seed, epoch and id, here 0, have no effect.
     steps = parameters(data, False, 0, 0, np.zeros(1, dtype=np.int64), size)
     return {"raw": [np.frombuffer(image.data, dtype=np.uint8)], **steps}
 

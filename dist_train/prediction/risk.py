@@ -188,6 +188,7 @@ def images_needed(risk: Risk, loss: Floats, epsilon: float, delta: float) -> int
     def enough(count: int) -> bool:
         if risk in ("consistency", "error"):  # by their rate: a rounding of few losses would decide
             return float(binom.cdf(math.floor(loss.mean() * count), count, epsilon)) <= delta
+        # np.resize repeats the losses up to this number.
         return p_value(risk, np.resize(loss, count), epsilon, delta) <= delta
 
     if not len(loss) or loss.mean() >= epsilon:
@@ -316,6 +317,7 @@ class _Test:
             return range(POINTS)
         first = POINTS - 1
         if target.risk == "error":
+            # Reversed, argmin takes the dearest of equal ones.
             first -= int(np.argmin(self._fit_errors()[::-1]))
         return range(first, -1, -1)
 
@@ -365,6 +367,7 @@ class _Test:
                     f"{start}, nor would more, because it is {loss.mean():.4g} even at the safest; raise --epsilon",
                     None,
                 )
+            # The others are for the fit.
             needed = math.ceil(max(tested, len(loss) + 1) / (1 - FIT_SHARE))
             return f"{start}; give about {needed:,} calibration images, or raise --epsilon or --delta", needed
         return "no thresholds keep to all of the risks at once; raise an --epsilon, or give fewer risks", None

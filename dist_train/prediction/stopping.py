@@ -65,6 +65,7 @@ class Thresholds:
     def should_exit(self, number: int, logits: Tensor, classes: Tensor) -> Tensor:
         """Which samples exit at exit ``number``, bool [N]; arguments as of :meth:`scores`."""
         scores = self.scores(number, logits, classes)
+        # Rounded to the scores' dtype as in exits_taken, so that both decide alike.
         return scores >= torch.tensor(self.values[number]).to(scores)
 
 

@@ -21,6 +21,7 @@ def new_figure(
 ) -> tuple[Figure, list[Any]]:
     """A figure of this size in inches, and its panels, row by row; ``shared`` goes to matplotlib's ``subplots``."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    # A canvas of its own instead of pyplot, which would pick a backend by the display and keep every figure alive.
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False, **shared).flatten().tolist()
     for axes in panels:

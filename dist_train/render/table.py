@@ -67,6 +67,7 @@ class Table:
 
     def _html_cell(self, tag: str, column: int, cell: str, wide: bool) -> str:
         """In a wide table a spread goes below its mean, and words, not numbers, may break anywhere."""
+        # A cell whose upper and lower case differ has letters: it is words.
         kind = " class=name" if column < self.names else " class=text" if cell.upper() != cell.lower() else ""
         text = html.escape(cell).replace(" ± ", "<br>±&nbsp;" if wide else "&nbsp;±&nbsp;") or "&nbsp;"
         return f"<{tag}{kind}>{text}</{tag}>"

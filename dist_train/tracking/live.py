@@ -44,6 +44,7 @@ class LivePage:
         now = (run.state, run.batch, len(run.moments), len(run.validations))
         if run.config is None or now == self._shown:
             return
+        # At once where it has ended: that version is the last.
         if run.running and not run.finished and time.monotonic() - self._written < REFRESH_SECONDS:
             return
         self._written = time.monotonic()

@@ -204,6 +204,7 @@ class Mirror:
         ):
             if f"{split}_data" in tags and f"{split}_images" in tags:
                 images, classes = int(tags[f"{split}_images"]), int(tags["classes"])
+                # MLflow takes names of at most 500 characters.
                 yield Data(name[:500], tags[f"{split}_data"], images, classes, use)
 
     def send(self) -> int:

@@ -41,6 +41,7 @@ def unpack(field: Mapping[str, Any]) -> NDArray[np.uint8]:
         images = field["images"]
         counted = _from_text(field["counted"], images)
         correct = [_from_text(text, images) for text in field["correct"]]
+        # 1 + 0 is WRONG, 1 + 1 is RIGHT.
         return np.stack([np.where(counted, WRONG + column, UNCOUNTED) for column in correct], axis=1).astype(np.uint8)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"outcomes ({error}); run dist-train eval again") from None
@@ -51,4 +52,5 @@ def _to_text(flags: NDArray[np.bool_]) -> str:
 
 
 def _from_text(text: str, images: int) -> NDArray[np.uint8]:
+    # With their number, because packbits fills up the last byte.
     return np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8), count=images)

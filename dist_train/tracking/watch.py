@@ -152,6 +152,7 @@ class Watched:
         if not speeds or self.total is None or self.config is None:
             return None
         images = (self.total - self.batch) * self.config.train.global_batch
+        # Seconds per image are averaged, not the rates, since every line is over about as many images.
         return images * sum(1 / speed for speed in speeds) / len(speeds)
 
     @property

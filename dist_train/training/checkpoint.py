@@ -113,6 +113,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         # The same step can come again, after a resume from an earlier one: the new folder takes its place.
         with draft_folder_of(target) as draft:
             for name, content in tensors.items():
+                # safetensors refuses tensors with other strides.
                 save_file({key: value.contiguous() for key, value in content.items()}, draft / f"{name}.safetensors")
             (draft / "state.json").write_text(json.dumps(asdict(checkpoint.meta), indent=1))
             (draft / "config.yaml").write_text(dump_config(checkpoint.config))
@@ -142,6 +143,7 @@ def set_link(folder: Path, name: str, target: Path) -> None:
         shutil.rmtree(link)
     # A link cannot be changed in place; renaming a new one over it leaves no moment without.
     draft = folder / f".{name}{DRAFT}"
+    # One that a killed writer has left.
     draft.unlink(missing_ok=True)
     draft.symlink_to(target.name)
     draft.replace(link)
@@ -158,6 +160,7 @@ def prune(folder: Path, keep: int, best_step: int | None, written: int) -> None:
     # keep is at least 1, so the newest checkpoint is never removed.
     kept = {*intact[-keep:], *best}
     for path in [*(path for path in paths if path not in kept), *folder.glob(f".step-*{DRAFT}")]:
+        # What cannot be removed now is tried again after the next save; it is no reason to end training.
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -195,6 +198,7 @@ def verify(path: Path) -> None:
             f"{path}: has format {manifest.get('format')}, this version of dist_train reads format {FORMAT}"
         )
     files = manifest.get("files")
+    # Without this, a manifest that lists nothing would pass unchecked.
     if not isinstance(files, dict) or not files.keys() >= set(WEIGHTS):
         raise CheckpointError(f"{path}: manifest.json is damaged (it does not list the files)")
     for name, expected in files.items():
@@ -252,6 +256,7 @@ def find(path: str | Path) -> Path:
         return published.fetch(path, WEIGHTS, ("manifest.json", "report.json"))
     path = Path(path)
     if (path / "manifest.json").is_file() or all((path / name).is_file() for name in WEIGHTS):
+        # Resolved, so that a link given by the user cannot move to another step between two files.
         return path.resolve()
     # The newest state that can be read knows which step was best; the link `best` is not asked.
     for candidate in reversed(_steps(path / "checkpoints")):
@@ -260,6 +265,7 @@ def find(path: str | Path) -> Path:
         except CheckpointError:
             continue
         best = candidate.with_name(step_name(best_step)) if best_step is not None else candidate
+        # The best one may have been removed by hand.
         return (best if best.is_dir() else candidate).resolve()
     raise CheckpointError(f"{path}: no checkpoint here; give a run folder, or one of its checkpoints/step-*")
 

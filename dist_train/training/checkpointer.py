@@ -87,6 +87,7 @@ class Checkpointer:
         if val_changed(meta, self.val):
             progress = replace(progress, best_score=None, best_step=None)
         if self.group.ranks.rank == 0:
+            # They may be behind: by a kill between a checkpoint and its links, or because the newest one is damaged.
             self._link("latest", resume.path)
             if progress.best_step is not None:
                 self._link("best", self.checkpoints / checkpoint.step_name(progress.best_step))
@@ -106,6 +107,7 @@ class Checkpointer:
     def due_by_steps(self, progress: Progress, applied: bool) -> bool:
         """Whether a checkpoint is due between epochs by the number of steps, the same on all ranks."""
         every = self.config.checkpoint.every_steps
+        # Only after an applied update: while steps are skipped the number stays, and each would be saved again.
         return bool(every and applied and progress.step % every == 0)
 
     def due_by_epochs(self, epoch: int) -> bool:
@@ -221,6 +223,7 @@ class Checkpointer:
     def _updates_by_part(self, progress: Progress) -> dict[str, int]:
         """Updates of every part of the network since it began to train."""
         first, _ = REGIMES[self.config.model.regime]
+        # A part that trains from the second stage on has none of the updates before it.
         return {part: progress.step - (0 if part in first else progress.stage_start) for part in ALL}
 
     def _rank_tensors(self) -> dict[str, torch.Tensor]:

@@ -84,6 +84,7 @@ class NetworkGraphs:
         self, network: nn.Module, images: Tensor, autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     ) -> None:
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        # A graph reads from fixed addresses: the images of every pass are copied to here.
         self._images = images.clone()
         buffers = [buffer.clone() for buffer in network.buffers()]
         random = torch.cuda.get_rng_state(images.device)
@@ -113,6 +114,7 @@ class NetworkGraphs:
         self, forward: Callable[[], Sequence[Tensor]], backward: Callable[..., Sequence[Tensor | None]]
     ) -> None:
         device = self._images.device
+        # torch wants the passes before a capture on a stream of their own.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -125,6 +127,7 @@ class NetworkGraphs:
         with torch.cuda.graph(self._forward, capture_error_mode="thread_local"):
             logits = forward()
         self._logit_gradients = [torch.empty_like(z) for z in logits]
+        # One memory pool for both, because they are always replayed in the order in which they were recorded.
         with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode="thread_local"):
             made = backward(logits, self._logit_gradients)
             # In the layout of their parameters: autograd would else copy them in every pass, with a launch for each.
@@ -149,6 +152,7 @@ class NetworkGraphs:
 
     def replay_backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the parameters for those of the logits."""
+        # The recorded pass reads a gradient for every exit; without a loss it is 0.
         given = [zero.zero_() if g is None else g for zero, g in zip(self._logit_gradients, gradients)]
         torch._foreach_copy_(self._logit_gradients, given)
         self._backward.replay()
@@ -157,6 +161,7 @@ class NetworkGraphs:
     def keep_gradients(self) -> None:
         """Move the gradients in the parameters to where the next backward pass adds to them instead of overwriting them."""
         gradients = {p: p.grad for p in self._parameters if p.grad is not None}
+        # Times 1, because there is no copy of many tensors in a few launches.
         for parameter, copy in zip(gradients, torch._foreach_mul(list(gradients.values()), 1.0)):
             parameter.grad = copy
 

@@ -136,6 +136,7 @@ class Engine:
         # The weights stay contiguous (ZeRO cannot flatten others); convolutions follow the format of the images.
         layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
         images = images.contiguous(memory_format=layout)
+        # A graph holds for images of one shape.
         if self._takes_graphs and len(images) == self.config.train.micro_batch:
             if self._graphs is None:
                 self._graphs = record(self.model, images, self.autocast, self.config.train.cuda_graphs)
@@ -191,6 +192,7 @@ class Engine:
         if self.loss_scale is not None:
             self.loss_scale.count(update.applied)
         if not update.applied:
+            # The forward passes have moved them already, perhaps by what made the gradient not finite.
             self._statistics.take_back()
             return update
         self._statistics.keep()
@@ -205,6 +207,7 @@ class Engine:
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole weights and buffers by name; running statistics are averaged over the ranks. All ranks must call."""
         with self._whole_parameters():
+            # Cloned within: at stage 3 the parameters are taken apart again at its end.
             weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         average_buffers(self.model, weights, self.group)
         return weights
@@ -223,6 +226,7 @@ class Engine:
         state = {}
         for key in state_names(self.config.optim):
             for name, parameter in self._names.items():
+                # At stages 1 to 3 a collective, so every rank asks for it; rank 0 alone keeps the result.
                 tensor = self._get_state(parameter, key)
                 if self.group.ranks.rank == 0:
                     state[f"{key}/{name}"] = tensor.detach().float().cpu().clone()
@@ -257,6 +261,7 @@ class Engine:
             buffer.copy_(state[f"model/{name}"])
             if self.averages is not None and f"averages/{name}" in state:
                 self.averages.tensors[name].copy_(state[f"averages/{name}"])
+        # A skipped step is to go back to these, and not to the statistics that the network was built with.
         self._statistics.keep()
 
     def load_averages(self, weights: dict[str, torch.Tensor], updates: int) -> None:
@@ -283,6 +288,7 @@ class Engine:
         parameter = self._partitioned[name]
         whole = tensor.new_empty(tensor.numel() * self.group.ranks.world_size)
         self.group.gather_flat(whole, tensor)
+        # The last rank's partition is padded to the size of the others.
         return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
     def _own_partition(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -310,6 +316,7 @@ class Engine:
                 parameter.grad = None  # optimizers skip parameters without a gradient
         elif self.config.optim.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(list(self._names.values()), self.config.optim.max_grad_norm, norm)
+        # Also where nothing is applied: DeepSpeed counts the micro batches in it.
         self._deepspeed.step()
         return Update(applied, value)
 

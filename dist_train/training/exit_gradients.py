@@ -77,6 +77,7 @@ class ProjectedGradients:
         trained = [number for number, leaf in enumerate(self._leaves) if leaf.requires_grad]
         through = torch.autograd.grad(loss, [self._leaves[number] for number in trained], materialize_grads=True)
         for number, gradient in zip(trained, through):
+            # The exits share the graph of the layers before them; the last one frees it.
             self._add(number, gradient, retain_graph=number != trained[-1])
         self._logits = self._leaves = ()
 
@@ -99,6 +100,7 @@ class ProjectedGradients:
             self._group.sum(share.gradients).div_(self._group.ranks.world_size)
             grams += share.gram(self._num_exits)
         weights = _project(grams, orders(self._seed, update, self._num_exits).to(grams.device, non_blocking=True))
+        # At [i, j]: the square of g_j, and in the line below g_i g_j, on the parameters that exit i depends on.
         squares = torch.einsum("ijj->ij", grams)
         self._cosines = torch.einsum("iij->ij", grams) / (squares * squares.T).sqrt().clamp(min=1e-30)
         for share in self._shares:

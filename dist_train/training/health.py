@@ -128,6 +128,7 @@ def end_without_gpu(error: Exception) -> NoReturn:
             "%sthe GPU cannot be used any more by this process; CUDA_LAUNCH_BLOCKING=1 shows the operation that failed",
             "".join(traceback.format_exception(error)),
         )
+    # os._exit flushes nothing.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

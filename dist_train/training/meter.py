@@ -44,6 +44,7 @@ class StepClock:
     def computing(self) -> Iterator[None]:
         """Time a forward pass."""
         if self._cuda:
+            # Measured on the GPU: the host runs ahead of it, and would time the launches.
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             self._events.append((start, end))
             start.record()
@@ -107,6 +108,7 @@ class Meter:
         if ranks > 1:
             slowest = int(busy.argmax())
             metrics["speed/slowest_rank"] = float(slowest)
+            # How much longer than the mean of the other ranks.
             metrics["speed/seconds_for_slowest"] = float(busy[slowest] - (busy.sum() - busy[slowest]) / (ranks - 1))
         self._reset()
         return metrics

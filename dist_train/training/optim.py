@@ -84,4 +84,5 @@ class AveragedWeights:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         averages = list(self.tensors.values())
+        # average <- decay * average + (1 - decay) * weight
         torch._foreach_lerp_(averages, [self._weights[name].detach().float() for name in self.tensors], 1 - decay)

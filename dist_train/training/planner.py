@@ -68,6 +68,7 @@ class Plan:
         schedule, rates = Schedule(self.config, self.steps_per_epoch), []
         for step in steps:
             start = schedule.first_batches if step >= schedule.first_batches else 0
+            # As if no update is skipped: steps are batches then.
             rates.append((step, schedule.learning_rate(Progress(step=step, batch=step, stage_start=start))))
         return rates
 
@@ -146,6 +147,7 @@ def plan(config: Config, world_size: int = 1) -> Plan:
     finished = resume is not None and _has_ended(resume.path, config, ready.steps_per_epoch)
     teachers = 0 if finished else teacher_bytes(config, ready.train.classes)
     numbers = sum(parameter.numel() for parameter in model.parameters())
+    # All in float32: the weights, the optimizer's tensors, and the averages.
     kept = len(state_names(config.optim)) + 1 + (config.optim.ema_decay is not None)
     return Plan(
         config,
@@ -231,6 +233,7 @@ def activation_bytes(config: Config, num_classes: int) -> int:
     # Built with real values, not fake ones: some libraries compute with them while they build a network.
     network = build_model(config.model, num_classes, config.data.image_size).train()
     fake = FakeTensorMode()
+    # The copy's tensors have shapes but no values, so the pass below allocates nothing.
     with FakeCopyMode(fake):
         network = copy.deepcopy(network)
     with fake:
@@ -238,6 +241,7 @@ def activation_bytes(config: Config, num_classes: int) -> int:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", AUTOCAST.get(train.precision), enabled=train.precision != "fp32"):
                 network(images)
+        # Weights that autograd keeps are counted as weights.
         for tensor in [*network.parameters(), *network.buffers()]:
             kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(kept.values())

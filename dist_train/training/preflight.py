@@ -76,6 +76,7 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
             "use a smaller one, or data.last_batch: wrap"
         )
     model = build_model(config.model, len(train.classes), config.data.image_size)
+    # For its checks: what is given per exit has to fit the number of exits.
     ExitDistillation.from_config(config.loss, model.num_exits)
     if config.loss.distill_loss == "dkd" and len(train.classes) < 2:
         raise ConfigError("loss.distill_loss is dkd, which needs two classes or more; use kl")
@@ -206,6 +207,7 @@ def _check_norms(model: MultiExitNetwork, config: Config, world_size: int) -> No
         raise ConfigError(f"data.image_size is {size}, but {maps}; set a larger data.image_size, or take another norm")
     # Norms over all ranks get the images of the others as well.  What a regime freezes is in evaluation mode.
     alone = config.train.micro_batch == 1 and not (config.train.sync_bn and world_size > 1)
+    # An epoch of the first stage and one of the last: no regime has more than two.
     trained = [trained_parts(config.model, epoch) for epoch in (0, config.train.epochs)]
     parts = exit_parts(trial)
     for name, module in trial.named_modules():

@@ -85,6 +85,7 @@ def check_resumable(path: Path, config: Config, train: Index, val: Index) -> lis
     if set(state_names(config.optim)) - set(state_names(before.optim)):
         lines.append("the optimizer's momentum starts from 0")
     for name, fingerprint in ({} if meta.finished else teacher_fingerprints(config)).items():
+        # A teacher that was added is among the changed fields already.
         if meta.teachers.get(name, fingerprint) != fingerprint:
             lines.append(f"the outside teacher {name} has other weights than before")
     if val_changed(meta, val):

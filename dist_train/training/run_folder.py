@@ -122,6 +122,7 @@ class RunFolder:
         """Write what could not be written before, on rank 0; raises OSError where that fails again."""
         while self._pending:
             self._pending[0]()
+            # Only once it is written: after a failure it comes first again.
             del self._pending[0]
         self._metrics.flush()
 
