@@ -45,6 +45,8 @@ def draft_folder_of(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{DRAFT}")
     replaced = draft.with_name(f"{draft.name.removesuffix(DRAFT)}-replaced{DRAFT}")
     try:
+        # In containers, hosts and processes have the same names and numbers again: one that was killed may have left it.
+        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         yield draft
         mode = 0o666 & ~_umask()

@@ -170,11 +170,12 @@ def _remote(command: list[str]) -> str:
 
 def _check_nodes(hosts: dict[str, int], config: str) -> None:
     """Check folder, Python, configuration and GPUs on all nodes at once; raise ConfigError for the first that lacks one."""
+    folder, file, python = map(shlex.quote, (os.getcwd(), config, sys.executable))
     probe = (
-        f"test -r {shlex.quote(config)} || {{ echo 'has no {config}' in {shlex.quote(os.getcwd())}; exit 3; }} >&2; "
-        f"test -x {sys.executable} || {{ echo 'has no {sys.executable}'; exit 3; }} >&2; nvidia-smi -L 2>/dev/null | wc -l"
+        f"test -r {file} || {{ echo has no {file} in {folder}; exit 3; }} >&2; "
+        f"test -x {python} || {{ echo has no {python}; exit 3; }} >&2; nvidia-smi -L 2>/dev/null | wc -l"
     )
-    command = f"cd {shlex.quote(os.getcwd())} && {{ {probe}; }}"
+    command = f"cd {folder} && {{ {probe}; }}"
 
     def ask(host: str) -> str:
         try:

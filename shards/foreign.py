@@ -107,14 +107,13 @@ def _place(folder: Path, out: Path | None, split: str, tars: Sequence[Path]) -> 
 
 
 def _label_form(tar: Path, label_from: str | None, field: str | None) -> LabelForm:
-    """Where the labels stand, as the first sample has them."""
+    """Where the labels stand, as the first sample has them; its ending as it is written there, such as CLS."""
     if field is not None and label_from not in (None, "json"):
         raise DataError(
             f"--label-key {field} is for labels in JSON, --label-from is {label_from}; leave one of them out"
         )
-    if label_from or field:
-        return LabelForm(label_from or "json", field)
     files: dict[str, File] = {}
+    written: dict[str, str] = {}
     key = None
     for file in TarStream(tar):
         stem, ext = _parts(file.name)
@@ -124,22 +123,25 @@ def _label_form(tar: Path, label_from: str | None, field: str | None) -> LabelFo
         if _is_hidden(file.name):
             continue
         key = stem
-        files[ext.lower()] = file
+        files[ext.lower()], written[ext.lower()] = file, ext
+    if label_from or field:
+        ending = label_from or "json"
+        return LabelForm(written.get(ending, ending), field)
     if "cls" in files:
-        return LabelForm("cls")
+        return LabelForm(written["cls"])
     if "json" in files:
         try:
             tree = json.loads(files["json"].data or b"")
         except ValueError:
             tree = None
         if isinstance(tree, dict) and "label" in tree:
-            return LabelForm("json")
+            return LabelForm(written["json"])
         if isinstance(tree, dict):
             raise DataError(
                 f"{tar}: its samples have no .cls, and of their JSON's fields ({', '.join(map(str, tree))[:120]}) none is 'label'; give --label-key FIELD, or --label-from txt"
             )
     if "txt" in files:
-        return LabelForm("txt")
+        return LabelForm(written["txt"])
     raise DataError(
         f"{tar}: its first sample, {shown(key or 'which is missing')}, has no .cls, .json or .txt with a label"
     )
@@ -194,7 +196,7 @@ def _read_tar(task: _Task) -> int:
         if ext in group:
             raise DataError(f"{task.path}: holds {shown(file.name)} twice; pack it again")
         # Of what is neither image nor label only the name is kept.
-        group[ext] = file if ext.lower() in (*IMAGES, task.form.ext) else file._replace(data=None)
+        group[ext] = file if ext.lower() in (*IMAGES, task.form.ext.lower()) else file._replace(data=None)
     add()
     tree = {"bytes": stream.length, "sha256": stream.sha256, "columns": columns, "skipped": skipped, "unusual": unusual}
     write_whole(task.done_file, json.dumps(tree))

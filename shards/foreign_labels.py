@@ -34,7 +34,7 @@ class LabelForm:
 
     def read(self, data: bytes) -> str:
         """The label as a text; raises ValueError if it has none."""
-        if self.ext != "json":
+        if self.ext.lower() != "json":
             return data.decode().strip()
         value: Any = json.loads(data)
         for part in (self.field or "label").split("."):

@@ -341,7 +341,7 @@ class Loader:
         if len(columns["raw"][0]):
             (result,) = self._spare.run([columns])
             if isinstance(result, torch.Tensor):
-                return result
+                return result.clone()  # the decoder uses its memory again for the next image
             # What the CPU decodes is not damaged: then it is the GPU that cannot, and would not the next image either.
             if self._spare.on_gpu and isinstance(next(self._witness.run([columns])), torch.Tensor):
                 raise DeviceError(machine_fault(result))

@@ -136,7 +136,8 @@ def _ranks(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, Tensor]:
 
 def _log_of_sum(a: Tensor, b: Tensor) -> Tensor:
     """log(exp a + exp b), to the bit the same for a row in any batch, which torch.logaddexp is not."""
-    higher = torch.maximum(a, b)
+    # A class that is masked in both is -inf, and -inf less -inf would be no number.
+    higher = torch.maximum(a, b).clamp(min=torch.finfo(a.dtype).min)
     return higher + ((a - higher).exp() + (b - higher).exp()).log()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -181,8 +182,14 @@ def _exits(policy: Thresholds, logits: tuple[Tensor, ...]) -> tuple[NDArray[np.i
 
 
 def _add_pillow(found: Parity, exported: EarlyExit, images: Any, files: list[bytes]) -> None:
-    """The same images as the runner itself decodes them."""
-    decoded = np.stack([exported.load(io.BytesIO(file)) for file in files])
+    """The same images as the runner itself decodes them, without those that Pillow refuses."""
+    loaded = {}
+    for row, file in enumerate(files):
+        with contextlib.suppress(Exception):  # a damaged file can make Pillow raise anything
+            loaded[row] = exported.load(io.BytesIO(file))
+    if not loaded:
+        return
+    images, decoded = images[list(loaded)], np.stack(list(loaded.values()))
     deviation = np.float32(exported.policy["preprocessing"]["std"])[:, None, None]
     # Back from (x / 255 - mean) / std to levels; the mean cancels in a difference.
     levels = np.abs(decoded - images) * deviation * 255

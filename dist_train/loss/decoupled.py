@@ -64,7 +64,9 @@ def _classes(logits: Sequence[Tensor], targets: Targets, exits: ExitWeights) -> 
     else:
         labels = targets.labels
         if targets.second is not None and targets.lam is not None:
-            labels = torch.where((labels >= 0) & (targets.lam < 0.5), targets.second, labels)
+            # Unlabeled if either label is missing.
+            smaller = torch.minimum(labels, targets.second)
+            labels = torch.where(smaller < 0, smaller, torch.where(targets.lam < 0.5, targets.second, labels))
     probs = [w * (z.float() / t).softmax(1) for w, z, t in zip(exits.confidence_weights, logits, exits.temperature)]
     likely = torch.stack(probs).sum(0).argmax(1)
     # A label out of range is the operator's to refuse.

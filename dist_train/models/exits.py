@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -213,8 +214,15 @@ def _map(function: Callable[[_Place, Tensor], Tensor], place: _Place, value: Any
     """What a module gave, with the function applied to every tensor in it."""
     if isinstance(value, Tensor):
         return function(place, value)
+    if isinstance(value, dict):
+        # Into a copy: the outputs of some libraries are dictionaries whose items are attributes as well.
+        changed = copy.copy(value)
+        for number, (key, one) in enumerate(value.items()):
+            changed[key] = _map(function, (*place, number), one)
+        return changed
     if isinstance(value, tuple | list):
-        return type(value)(_map(function, (*place, number), one) for number, one in enumerate(value))
+        values = [_map(function, (*place, number), one) for number, one in enumerate(value)]
+        return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
     return value
 
 

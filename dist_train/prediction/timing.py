@@ -124,12 +124,12 @@ def exit_within(timing: Timing, deadline_ms: float) -> int:
     if not deadline_ms > 0:
         raise ConfigError(f"the deadline is {deadline_ms} ms; it must be above 0")
     times = [timing.batch * (middle + spread) for middle, spread in zip(timing.milliseconds, timing.spread)]
-    reached = sum(time_ <= deadline_ms for time_ in times)
-    if not reached:
+    within = [number for number, time_ in enumerate(times, start=1) if time_ <= deadline_ms]
+    if not within:
         raise ConfigError(
             f"the deadline is {deadline_ms:g} ms, but exit 1 takes {times[0]:.3g} ms here ({timing.conditions}); allow more"
         )
-    return reached
+    return within[-1]
 
 
 def read_timing(path: str | Path, exits: int) -> Timing:

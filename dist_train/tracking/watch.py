@@ -47,6 +47,7 @@ class Watched:
         moments: every line of training metrics.
         validations: the batch and the top-1 of every exit, of every validation.
         batch: global batches consumed, of the newest line.
+        skipped: how many of them were skipped.
         running: whether a process trains in the folder, as far as can be seen from here.
     """
 
@@ -65,6 +66,7 @@ class Watched:
         self.moments: list[Moment] = []
         self.validations: list[tuple[int, list[float]]] = []
         self.batch = 0
+        self.skipped = 0
         self._of_training = 0
         self._last: dict[str, float] = {}
         self._offset = 0
@@ -108,6 +110,7 @@ class Watched:
 
     def _add(self, entry: dict[str, Any]) -> None:
         self.batch, self._last = entry["batch"], entry["metrics"]
+        self.skipped = self.batch - entry["step"]
         metrics = self._last
         if "train/loss" in metrics:
             self.training, self._of_training = metrics, self.batch
@@ -138,7 +141,8 @@ class Watched:
             return None
         train = self.config.train
         batches = round(train.epochs * self._of_training / self.training["train/epoch"])
-        return min(batches, train.max_steps or batches)
+        # A skipped step does not count towards max_steps.
+        return min(batches, train.max_steps + self.skipped) if train.max_steps else batches
 
     @property
     def finished(self) -> bool:

@@ -173,7 +173,7 @@ class Checkpointer:
                 reason = error.strerror or str(error)
                 if pause is None:
                     self._say_once(
-                        f"{self.checkpoints}: a checkpoint could not be written ({reason}); the previous one is kept, and training continues"
+                        f"{self.checkpoints}: a checkpoint could not be written ({reason}); the previous one is kept"
                     )
                     return reason
                 time.sleep(pause)

@@ -33,6 +33,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
+        self._interrupted = False
         self._before: dict[signal.Signals, Any] = {}
         self._launcher = Launcher()
 
@@ -57,8 +58,10 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # The second Ctrl-C: the user does not want to wait for the checkpoint.
-        if self._received is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         self._received = signal.Signals(number)
 
 

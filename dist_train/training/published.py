@@ -61,7 +61,7 @@ def _reaches_out(config: Config) -> str:
     places = [str(data.shards), data.val]
     for part, split in data.training_splits:
         places += [str(part.shards), split]
-    if chosen := [place for place in places if Path(place).name != place]:
+    if chosen := [place for place in places if Path(place).name != place or place == ".."]:
         return f"its data lie at {chosen[0]}, which is more than a name"
     return f"its data.cache is {data.cache}, a folder that it chooses" if data.cache is not None else ""
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from dist_train.config_file import dump_config, make_config
 from dist_train.errors import ConfigError
 from dist_train.tracking.metrics import read_metrics
+from launch import nodes
 from launch.nodes import read_hostfile
 from tests.common import LIMIT, ROOT, processes_of
 from tests.launch.sshd import ssh_nodes
@@ -116,6 +117,20 @@ def test_a_node_that_cannot_be_reached_is_named_and_nothing_starts(hosts, config
     assert result.stdout.count("\n") == 1, result.stdout
     assert "node silent cannot be reached" in result.stdout
     assert not (tmp_path / "nodes").exists()
+
+
+def test_odd_names_reach_a_nodes_shell_as_they_are(tmp_path, monkeypatch):
+    folder = tmp_path / "a folder's $HOME"
+    folder.mkdir()
+    (folder / "it's mine.yaml").write_text("")
+    python = folder / "my python"
+    python.symlink_to(sys.executable)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(nodes, "SSH", ["sh", "-c", 'eval "$2"', "ssh"])  # HOST and the command follow
+    monkeypatch.setattr(sys, "executable", str(python))
+    nodes._check_nodes({"node1": 1}, "it's mine.yaml")
+    with pytest.raises(ConfigError, match=r"node node1 has no it's yours.yaml in .*/a folder's \$HOME; all nodes"):
+        nodes._check_nodes({"node1": 1}, "it's yours.yaml")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,13 @@ ONE_TAR = {
         ["--classes", "{names}"],
         ["zebra", "ape"] * 3,
     ),
+    "an ending in capitals": ([f"{n % 3}" for n in range(6)], "CLS", [], ["0", "1", "2"] * 2),
+    "capitals, as asked for": (
+        [json.dumps({"label": n % 2}) for n in range(6)],
+        "JSON",
+        ["--label-from", "json"],
+        ["0", "1"] * 3,
+    ),
     "names in another order": (["ape", "zebra"] * 3, "cls", ["--classes", "{names}"], ["ape", "zebra"] * 3),
 }
 
@@ -179,15 +186,15 @@ def test_an_index_is_resumed_where_it_was(tmp_path: Path, capsys: pytest.Capture
     done = list((tmp_path / "in/.making/index/tars").iterdir())
     assert len(done) == 2
     times = {path: path.stat().st_mtime_ns for path in done}
-    # Were it read again, what lies there now would be refused; its time and size are as they were.
-    shutil.move(tmp_path / "in/0.tar", tmp_path / "kept")
-    (tmp_path / "in/0.tar").write_bytes(b"x" * (tmp_path / "kept").stat().st_size)
-    os.utime(tmp_path / "in/0.tar", ns=(0, (tmp_path / "kept").stat().st_mtime_ns))
+    # Only the first tar is looked into again.  Were this one read, what lies there now would be refused; its time and size are as they were.
+    shutil.move(tmp_path / "in/1.tar", tmp_path / "kept")
+    (tmp_path / "in/1.tar").write_bytes(b"x" * (tmp_path / "kept").stat().st_size)
+    os.utime(tmp_path / "in/1.tar", ns=(0, (tmp_path / "kept").stat().st_mtime_ns))
     (tmp_path / "in/2.tar").write_bytes(whole)
     form = ("--label-from", "cls")
     assert {path: path.stat().st_mtime_ns for path in done} == times
     assert main(["index", str(tmp_path / "in"), *form]) == 0
-    shutil.move(tmp_path / "kept", tmp_path / "in/0.tar")
+    shutil.move(tmp_path / "kept", tmp_path / "in/1.tar")
     assert rows(tmp_path / "in/train") == [
         (picture(n), str(n % 5)) for first in (0, 10, 20, 30) for n in range(first, first + 5)
     ]

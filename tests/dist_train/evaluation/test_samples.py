@@ -16,7 +16,7 @@ from dist_train.evaluation.calibration import (
     temperatures_at,
 )
 from dist_train.evaluation.diagnostics import diagnose
-from dist_train.evaluation.samples import SampleCollector
+from dist_train.evaluation.samples import SampleCollector, reduce_logits
 from dist_train.prediction.confidence import MEASURES, confidence
 
 EXITS, CLASSES = 3, 12
@@ -214,3 +214,16 @@ def test_diagnostics_are_counted_right():
     true, taken, counts = found.confusions[0]
     assert counts == [int(((labels == true) & (prediction[:, m] == taken)).sum()) for m in range(EXITS)]
     assert counts[-1] == max(c[-1] for *_, c in found.confusions) > 0
+
+
+def test_a_class_that_is_masked_everywhere_is_never_predicted():
+    logits = torch.randn(EXITS, 20, CLASSES)
+    logits[:, :, 3] = -torch.inf
+    labels = torch.arange(20) % 3
+    columns = reduce_logits(list(logits), labels)
+    for name, column in columns.items():
+        assert torch.isfinite(column).all(), name
+    without = reduce_logits(list(torch.cat([logits[:, :, :3], logits[:, :, 4:]], dim=2)), labels)
+    for name in ("loss", "ensemble_loss", "ensemble_max_probability", "ensemble_rank", "margin"):
+        torch.testing.assert_close(columns[name], without[name])
+    assert not (columns["ensemble_prediction"] == 3).any()

@@ -232,6 +232,7 @@ def test_what_a_repository_holds_is_not_trusted(hub, published, tmp_path):
         ({"shards": "x", "cache": str(tmp_path)}, f"its data.cache is {tmp_path}"),
         ({"shards": "x", "train": [{"shards": "https://evil.example/x"}]}, "its data lie at https://evil.example/x"),
         ({"shards": "x", "val": "../val"}, "its data lie at ../val"),
+        ({"shards": "x", "val": ".."}, "its data lie at .."),
     ):
         assert reason in fails_with(**{"config.yaml": yaml.safe_dump({"data": data}).encode()})
     # Names that point outside are not asked for.

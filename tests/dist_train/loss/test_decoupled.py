@@ -91,6 +91,15 @@ def test_without_a_label_the_teachers_class_is_taken() -> None:
     torch.testing.assert_close(unlabeled, loss(exits, predicted).loss)
 
 
+def test_mixed_images_without_one_of_their_labels_have_none() -> None:
+    exits, loss = logits(), criterion(teachers="last")
+    unlabeled = torch.full((6,), -100)
+    expected = loss(exits, unlabeled).loss
+    for pair in ((LABELS, unlabeled), (unlabeled, LABELS)):
+        for share in (0.2, 0.8):
+            torch.testing.assert_close(loss(exits, LabelMix(*pair, torch.full((6,), share))).loss, expected)
+
+
 def test_mixed_and_soft_targets_count_by_their_larger_share() -> None:
     exits, loss = logits(), criterion(teachers="last")
     expected = loss(exits, LABELS).loss

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -54,6 +56,40 @@ class Ladder(nn.Module):
 class Split(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return features * 2, features
+
+
+class Both(NamedTuple):
+    both: Tensor
+    features: Tensor
+
+
+class NamedOutputs(Ladder):
+    """Its submodule ``split`` gives a named tuple, a dictionary, or one of transformers' outputs, which is both."""
+
+    def __init__(self, kind: Callable[..., Any]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.split.register_forward_hook(lambda module, _, output: kind(*output))
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.relu(self.blocks[0](images))
+        found = self.split(self.relu(self.blocks[1](first)))
+        both = found[0] if self.kind is Both else found["both"]
+        if hasattr(found, "both"):
+            assert found.both is both
+        logits: Tensor = self.end((self.relu(self.blocks[2](both + first)) + both).mean((2, 3)))
+        return logits
+
+
+def named_outputs() -> dict[str, Callable[..., Any]]:
+    from transformers.utils import ModelOutput
+
+    @dataclass
+    class Output(ModelOutput):
+        both: Tensor | None = None
+        features: Tensor | None = None
+
+    return {"named tuple": Both, "dictionary": lambda *both: dict(zip(Both._fields, both)), "of a library": Output}
 
 
 class InPlace(nn.Module):
@@ -161,6 +197,18 @@ class WithTable(nn.Module):
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["named tuple", "dictionary", "of a library"])
+def test_rows_leave_outputs_that_have_names(kind: str) -> None:
+    network = attach_exits(NamedOutputs(named_outputs()[kind]), ["blocks.0", "blocks.2"], 5, image_size=32).eval()
+    images = torch.randn(6, 3, 32, 32)
+    whole = network(images)
+    iteration = network.iter_exits(images)
+    torch.testing.assert_close(next(iteration), whole[0])
+    torch.testing.assert_close(iteration.send(torch.tensor([0, 2, 3, 5])), whole[1][[0, 2, 3, 5]])
+    torch.testing.assert_close(iteration.send(torch.tensor([1, 2])), whole[2][[2, 3]])
+
+
 @pytest.mark.parametrize("images", [3, 4])
 def test_what_has_as_many_rows_as_there_are_images_is_no_row_per_image(images: int) -> None:
     network = attach_exits(WithTable(), ["exit"], 10, image_size=16).eval()

@@ -87,6 +87,18 @@ def test_a_run_is_followed_from_before_its_start_over_a_resume_to_its_end(config
     assert list(looks) == []
 
 
+def test_skipped_steps_do_not_count_towards_max_steps(config):
+    begin(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 20})}))
+    file = MetricsFile(config.folder / "metrics.jsonl")
+    for step, batch in ((17, 20), (20, 23)):  # three were skipped
+        file.add(step, batch, training(batch, 1.0))
+        file.add(step, batch, validation(0.5))
+        file.flush()
+        run = watch.Watched(config.folder)
+        run.look()
+        assert (run.total, run.finished) == (23, batch == 23)
+
+
 def test_a_run_that_is_killed_is_waited_for_and_then_left(config, monkeypatch):
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.0)
     begin(config)

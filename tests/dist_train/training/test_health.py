@@ -42,6 +42,14 @@ def test_a_second_ctrl_c_ends_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_second_ctrl_c_counts_whatever_came_between():
+    with StopRequests():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
     steps, progress = SkippedSteps(Alone(), allowed_in_a_row=3), Progress(step=7, skipped_steps=5)
     for applied in (False, False, True, False, False):
