@@ -38,6 +38,8 @@ class VisionTransformer(nn.Module):
 class Ladder(nn.Module):
     """Shared and listed submodules, a skip over an exit, a tuple and a named output: all that a chain does not have."""
 
+    split: nn.Module
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Conv2d(3 if not i else 8, 8, 3, padding=1) for i in range(3))
@@ -63,13 +65,21 @@ class Both(NamedTuple):
     features: Tensor
 
 
+class NamedSplit(nn.Module):
+    def __init__(self, kind: Callable[..., Any]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, features: Tensor) -> Any:
+        return self.kind(features * 2, features)
+
+
 class NamedOutputs(Ladder):
     """Its submodule ``split`` gives a named tuple, a dictionary, or one of transformers' outputs, which is both."""
 
     def __init__(self, kind: Callable[..., Any]) -> None:
         super().__init__()
-        self.kind = kind
-        self.split.register_forward_hook(lambda module, _, output: kind(*output))
+        self.kind, self.split = kind, NamedSplit(kind)
 
     def forward(self, images: Tensor) -> Tensor:
         first = self.relu(self.blocks[0](images))
