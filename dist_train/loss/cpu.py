@@ -86,7 +86,8 @@ def exit_loss_cpu(
             )
         )
     if len(sums) == 1:
-        return *sums[0], grads
+        loss, vector = sums[0]
+        return loss, vector.float(), grads
     loss, vector = torch.zeros((), dtype=dtype), ExitStats.zeros(num_exits).vector
     for partial_loss, partial_vector in sums:
         loss += partial_loss

@@ -130,6 +130,14 @@ def test_a_batch_in_many_chunks_is_the_same(plain, monkeypatch):
     assert_same(plain, criterion, make_logits(3, 17, 10, torch.bfloat16), labels, one_hot(labels, 10), **extra)
 
 
+@pytest.mark.parametrize("chunk", [100, 1 << 19])
+def test_statistics_are_float32_whatever_the_logits_are(chunk, monkeypatch):
+    monkeypatch.setattr("dist_train.loss.cpu.CHUNK", chunk)
+    criterion = ExitDistillation.from_config(LossConfig(), 3).double()
+    loss, stats = criterion(make_logits(3, 17, 10, torch.float64), torch.randint(10, (17,)))
+    assert (loss.dtype, stats.vector.dtype) == (torch.float64, torch.float32)
+
+
 def test_strided_rows(plain):
     torch.manual_seed(4)
     wide = torch.randn(6, 3, 20)
