@@ -61,7 +61,7 @@ class NotSavedError(TrainingError):
 
 
 class TrackingError(UserError):
-    """A run cannot be mirrored in MLflow."""
+    """MLflow cannot be used for what was asked: a run cannot be mirrored, or a model not registered."""
 
 
 class HubError(UserError):

@@ -24,6 +24,8 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(
             f"--max-changed is {known.max_changed:g}; give a share of the images from 0 to 1, such as 0.1, and a lower --precision than fp32"
         )
+    if known.register is not None and not known.mlflow:
+        raise ConfigError("--register is for a model of MLflow; give it with --mlflow, or leave it out")
     from dist_train.export.programs import check_installed
 
     check_installed(known.format)
@@ -35,7 +37,7 @@ def run(arguments: list[str]) -> int:
 
         folder = export_model(*chosen)
         print(f"exported to {folder}; serve it with: mlflow models serve --env-manager local -m {folder}")
-        print(log_model(known.run, folder))
+        print(log_model(known.run, folder, known.register))
         return 0
     if known.triton:
         from dist_train.export.triton_repository import export_repository
@@ -83,6 +85,9 @@ def _parser() -> Parser:
         "--mlflow",
         action="store_true",
         help="write the folder as a model of MLflow, and log it to the run's MLflow run (default folder: mlflow-model in the run folder)",
+    )
+    parser.add_argument(
+        "--register", metavar="NAME", help="with --mlflow: make it the next version of this registered model as well"
     )
     kind.add_argument(
         "--triton",

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from dist_train.errors import TrackingError
 from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import mlflow_loader
 from dist_train.export import policy as policies
 from dist_train.export.export import folder_for, repackaged
 from dist_train.export.formats import RUNTIMES, Form
 from dist_train.tracking.mirror import SyncState
-from dist_train.tracking.mlflow import log_report, save_model, unusable
+from dist_train.tracking.mlflow import log_report, register_model, save_model, unusable
 from dist_train.training import checkpoint
 
 DATA = "data"
@@ -56,10 +57,18 @@ def _version(module: str) -> str:
     return str(importlib.import_module(module).__version__).partition("-")[0]
 
 
-def log_model(path: str | Path, folder: Path) -> str:
+def log_model(path: str | Path, folder: Path, name: str | None = None) -> str:
     """Log a model's folder to the MLflow run of the training that it comes from; what came of it, in words.
 
-    MLflow being away is no error: the folder is there.
+    MLflow being away is no error, because the folder is there, unless a registered model is asked for.
+
+    Args:
+        path: run folder or checkpoint.
+        folder: of the model.
+        name: of the registered model whose next version it becomes; None for none.
+
+    Raises:
+        TrackingError: it cannot be registered.
     """
     found = checkpoint.find(path)
     run = checkpoint.run_folder(found)
@@ -67,6 +76,8 @@ def log_model(path: str | Path, folder: Path) -> str:
     known = state.read()
     uri, run_id = known.get("uri"), known.get("run_id")
     if uri is None or run_id is None or not state.belongs_to(run):
+        if name is not None:
+            raise TrackingError(f"{path}: not registered as {name}, because the run is not tracked in MLflow")
         return "not in MLflow: the run is not tracked there"
     files = [
         (file, (Path(ARTIFACTS) / file.parent.relative_to(folder)).as_posix())
@@ -76,13 +87,18 @@ def log_model(path: str | Path, folder: Path) -> str:
     step = checkpoint.read_meta(found)[0].progress.step
     try:
         log_report(uri, run_id, {}, step, {ARTIFACTS: f"step {step}"}, files)
+        registered = (
+            "" if name is None else f"\nregistered  models:/{name}/{register_model(uri, run_id, ARTIFACTS, name)}"
+        )
     except Exception as error:  # whatever MLflow raises
+        if name is not None:
+            raise TrackingError(f"{unusable(uri, error)}; not registered as {name}, the model is in {folder}") from None
         return f"{unusable(uri, error)}; the model is in its folder only"
-    return f"in MLflow  runs:/{run_id}/{ARTIFACTS}"
+    return f"in MLflow  runs:/{run_id}/{ARTIFACTS}{registered}"
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ConfigError for a folder that holds something else than such a model, which would be lost."""
+    """Raise TrackingError for a folder that holds something else than such a model, which would be lost."""
     ours = FILES if (folder / DATA / policies.FOLDER / policies.NAME).is_file() else ()
     policies.check_replaceable(folder, ours, "model of an export")
 

@@ -246,6 +246,20 @@ def log_report(
         client.log_artifact(run_id, str(file), folder)
 
 
+def register_model(uri: str, run_id: str, folder: str, name: str) -> str:
+    """Make the model in an artifact folder of a run the newest version of a registered model, which is made if missing; the version."""
+    from mlflow.exceptions import MlflowException
+
+    client = _client(uri)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
+    return str(client.create_model_version(name, source, run_id).version)
+
+
 def save_model(folder: Path, loader: Path, data: Path, image: bytes, requirements: Sequence[str]) -> None:
     """Write a pyfunc model of MLflow into an empty folder; nothing in it is a pickle.
 

@@ -17,6 +17,8 @@ import pandas
 import pytest
 
 from dist_train.distributed.launcher import free_port
+from dist_train.errors import TrackingError
+from dist_train.export.mlflow_model import log_model
 from dist_train.export.runner import EarlyExit
 from dist_train.tracking.mirror import SyncState
 from dist_train.tracking.mlflow import connect
@@ -81,6 +83,26 @@ def test_a_model_is_in_its_run_and_holds_no_pickle(model, images, tmp_path, monk
         assert str(folder.parent).encode() not in (folder / name).read_bytes()
     with pytest.raises(ValueError, match="image 2 of the request cannot be read"):
         loaded.predict(pandas.DataFrame({"image": [images[0], b"text"]}))
+
+
+def test_every_registration_is_a_version_that_loads(model, images, runs, refused, tmp_path, monkeypatch):
+    import mlflow
+
+    folder, uri, _ = model
+    for version in ("1", "2"):
+        said = log_model(folder.parent, folder, "digit exits")
+        assert said.splitlines()[1] == f"registered  models:/digit exits/{version}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    loaded = mlflow.pyfunc.load_model("models:/digit exits/2")
+    classes, _, exits = expected_of(folder, images, tmp_path)
+    found = loaded.predict(pandas.DataFrame({"image": images}))
+    assert (found["class"].tolist(), found["exit"].tolist()) == (classes, exits.tolist())
+    with pytest.raises(TrackingError, match=r"MLflow at .*; not registered as a/b, the model is in "):
+        log_model(folder.parent, folder, "a/b")
+    with pytest.raises(TrackingError, match="not registered as digits, because the run is not tracked in MLflow"):
+        log_model(runs["resnet"], folder, "digits")
+    words = ("export", runs["resnet"], "--thresholds", "1,1", "--register", "digits")
+    assert "--register is for a model of MLflow; give it with --mlflow" in refused(*words)
 
 
 @pytest.mark.slow
