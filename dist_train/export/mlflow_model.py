@@ -98,7 +98,7 @@ def log_model(path: str | Path, folder: Path, name: str | None = None) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise TrackingError for a folder that holds something else than such a model, which would be lost."""
+    """Raise ConfigError for a folder that holds something else than such a model, which would be lost."""
     ours = FILES if (folder / DATA / policies.FOLDER / policies.NAME).is_file() else ()
     policies.check_replaceable(folder, ours, "model of an export")
 

@@ -21,12 +21,14 @@ from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.export import policy as policies
 from dist_train.export.export import _write
 from dist_train.export.formats import open_export
+from dist_train.export.openvino_runtime import has_precision
 from dist_train.export.parity import leaving_at
 from dist_train.models import build_model
 from dist_train.prediction import Thresholds
 from dist_train.prediction.shares import Reference
 
-KINDS = (("onnx", "fp32"), ("onnx-if", "fp32"), ("onnx", "int8"), ("openvino", "fp32"), ("openvino", "bf16"))
+KINDS = [("onnx", "fp32"), ("onnx-if", "fp32"), ("onnx", "int8"), ("openvino", "fp32")]
+KINDS += [("openvino", precision) for precision in ("bf16", "fp16") if has_precision(precision)]
 
 
 def main(config_file, repeats=50):

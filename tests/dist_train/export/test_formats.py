@@ -213,13 +213,14 @@ def test_bad_input_is_one_line(runs, refused, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_bf16_is_within_the_limit_where_the_cpu_has_it(runs, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_within_the_limit_where_the_cpu_has_it(precision, runs, tmp_path):
     openvino_runtime = pytest.importorskip("dist_train.export.openvino_runtime", reason="needs OpenVINO")
-    if not openvino_runtime.has_precision("bf16"):
-        pytest.skip("needs a CPU with bfloat16")
-    folder = exported_to(tmp_path / "bf16", runs["vit"], "--format", "openvino", "--precision", "bf16")
+    if not openvino_runtime.has_precision(precision):
+        pytest.skip(f"needs a CPU that computes in {precision}")
+    folder = exported_to(tmp_path / precision, runs["vit"], "--format", "openvino", "--precision", precision)
     policy = policy_of(folder)
-    assert policy["precision"] == "bf16"
+    assert policy["precision"] == precision
     assert policy["parity"]["changed"] <= formats.MAX_CHANGED * 360
     assert policy["parity"]["largest_logit_difference"] > 1e-4  # else it was float32
 
