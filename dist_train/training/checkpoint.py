@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from dist_train.config import Config
 from dist_train.config_file import dump_config, load_config
 from dist_train.data.unreadable import BadSample
-from dist_train.errors import CheckpointError
+from dist_train.errors import CheckpointError, ConfigError, UserError
 from dist_train.files import DRAFT, draft_folder_of, sha256
 from dist_train.hub import is_address
 from dist_train.models import MultiExitNetwork, build_model
@@ -249,7 +249,8 @@ def find(path: str | Path) -> Path:
     repository of the Hugging Face Hub, ``hf://ORG/NAME``, which is fetched.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or its state is damaged.
+        ConfigError: its config.yaml is damaged, or of another version.
         UserError: a repository cannot be fetched, or would run code.
     """
     if is_address(path):
@@ -258,16 +259,18 @@ def find(path: str | Path) -> Path:
     if (path / "manifest.json").is_file() or all((path / name).is_file() for name in WEIGHTS):
         # Resolved, so that a link given by the user cannot move to another step between two files.
         return path.resolve()
+    problem: UserError | None = None
     # The newest state that can be read knows which step was best; the link `best` is not asked.
     for candidate in reversed(_steps(path / "checkpoints")):
         try:
             best_step = read_meta(candidate)[0].progress.best_step
-        except CheckpointError:
+        except (CheckpointError, ConfigError) as error:
+            problem = problem or error  # of the newest, should no other be readable
             continue
         best = candidate.with_name(step_name(best_step)) if best_step is not None else candidate
         # The best one may have been removed by hand.
         return (best if best.is_dir() else candidate).resolve()
-    raise CheckpointError(f"{path}: no checkpoint here; give a run folder, or one of its checkpoints/step-*")
+    raise problem or CheckpointError(f"{path}: no checkpoint here; give a run folder, or one of its checkpoints/step-*")
 
 
 def is_finished(folder: Path) -> bool:
@@ -276,7 +279,7 @@ def is_finished(folder: Path) -> bool:
     for path in reversed(_steps(folder / "checkpoints")):
         try:
             return read_meta(path)[0].finished
-        except CheckpointError:
+        except (CheckpointError, ConfigError):
             continue
     return False
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_train.config_file import make_config
-from dist_train.errors import CheckpointError
+from dist_train.errors import CheckpointError, ConfigError
 from dist_train.files import draft_folder_of
 from dist_train.training import checkpoint
 from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
@@ -65,6 +65,19 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, name, 
     with pytest.raises(CheckpointError, match=name):
         checkpoint.verify(file.parent)
     assert checkpoint.newest(tmp_path) == good
+
+
+@pytest.mark.parametrize("name", ["state.json", "config.yaml"])
+def test_a_run_whose_newest_checkpoint_cannot_be_read_is_found_by_the_one_before(name, tmp_path):
+    first, second = (checkpoint.write(tmp_path / "checkpoints", snapshot(step)) for step in (1, 2))
+    assert checkpoint.find(tmp_path) == second
+    (second / name).write_text("unknown: 1")
+    assert checkpoint.find(tmp_path) == first
+    assert not checkpoint.is_finished(tmp_path)
+    (first / name).write_text("{")
+    # What is wrong with the newest is said, where no other can be read.
+    with pytest.raises((CheckpointError, ConfigError), match=rf"step-00000002.*{name}|unknown"):
+        checkpoint.find(tmp_path)
 
 
 def test_a_newer_format_is_refused(tmp_path):
