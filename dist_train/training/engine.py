@@ -165,17 +165,20 @@ class Engine:
         if self._graphs is not None and not self._deepspeed.is_gradient_accumulation_boundary():
             self._graphs.keep_gradients()
 
-    def update(self, learning_rate: float | None, batch: int = 0) -> Update | None:
-        """End a micro batch; with a learning rate it was the last of its global batch, and the update is made.
+    def next_micro_batch(self) -> None:
+        """Go on to another micro batch of the same global batch; after the last one :meth:`update` is called instead."""
+        self.group.phase("update")
+        # DeepSpeed counts micro batches itself, to know at which one it updates.
+        self._deepspeed.step()
+
+    def update(self, learning_rate: float, batch: int = 0) -> Update:
+        """Update the weights with the gradient of a whole global batch.
 
         With a non-finite gradient the step is skipped: neither weights nor optimizer state nor running statistics change.
         ``batch`` is the number of the global batch, which decides the order in which gradients are projected
         (``optim.exit_gradients: pcgrad``).
         """
         self.group.phase("update")
-        if learning_rate is None:
-            self._deepspeed.step()
-            return None
         # ZeRO wraps the optimizer and keeps parameter groups of its own; which of the two is read depends on the stage.
         for optimizer in (self._deepspeed.optimizer, self._deepspeed.basic_optimizer):
             for parameters in optimizer.param_groups:

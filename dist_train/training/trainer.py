@@ -191,9 +191,8 @@ class Trainer:
             self.meter.add(stats.vector, loss.detach() * steps, len(micro.ids))
             confidence += torch.stack([stats.confidence, stats.samples])
             total += loss.detach()
-            # DeepSpeed counts micro batches itself, to know at which one it updates.
             if number < steps:
-                self.engine.update(None)
+                self.engine.next_micro_batch()
         return confidence, total
 
     def _update(self, confidence: torch.Tensor, loss: torch.Tensor) -> None:
@@ -201,7 +200,6 @@ class Trainer:
         progress = self.progress
         self.learning_rate = self.schedule.learning_rate(progress)
         update = self.engine.update(self.learning_rate, progress.batch)
-        assert update is not None
         self.update = update
         progress.batch += 1
         # A skipped step moves neither the learning rate nor the temperature; its batch is consumed all the same.

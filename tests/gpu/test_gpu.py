@@ -157,7 +157,9 @@ def waits(kind):
             for number, part in enumerate(images):
                 loss = sum((logits.float() ** 2).mean() for logits in engine.forward(part))
                 engine.backward(loss)
-                engine.update(0.05 if number == 1 else None)
+                if number == 0:
+                    engine.next_micro_batch()
+            engine.update(0.05)
 
         update()
         with warnings.catch_warnings(record=True) as caught:

@@ -97,7 +97,9 @@ def updates(steps_of_accumulation):
                 for place, part in enumerate(parts):
                     loss = sum((z**2).mean() for z in engine.forward(part)) / len(parts)
                     engine.backward(loss)
-                    engine.update(0.05 if place == len(parts) - 1 else None)
+                    if place < len(parts) - 1:
+                        engine.next_micro_batch()
+                engine.update(0.05)
         assert (engine._graphs is not None) == taken
         results.append(engine.weights())
     return results

@@ -67,8 +67,9 @@ def step(engine, number, poison=False):
         logits = engine.forward(part)
         loss = sum((exit_logits.float() ** 2).mean() for exit_logits in logits) / passes
         engine.backward(loss)
-        update = engine.update(0.05 if index == passes - 1 else None)
-    return update
+        if index < passes - 1:
+            engine.next_micro_batch()
+    return engine.update(0.05)
 
 
 def trained(group, config, norm=True):

@@ -87,7 +87,9 @@ def updated(rule, cases):
         mine = batch()[rank * 16 // ranks :].split(micro)[: 16 // micro // ranks]
         for number, images in enumerate(mine, start=1):
             engine.backward(sum(exit_losses(engine.forward(images), images)) / len(mine))
-            engine.update(LR if number == len(mine) else None, batch=UPDATE)
+            if number < len(mine):
+                engine.next_micro_batch()
+        engine.update(LR, batch=UPDATE)
         projected = engine.projected_gradients
         results.append((engine.weights(), projected.metrics() if projected else {}))
     return results
