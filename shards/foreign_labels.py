@@ -30,7 +30,7 @@ class LabelForm:
             text = self.read(data)
         except ValueError:
             return False
-        return text == classes[label] or (text.isdecimal() and int(text) == label)
+        return text == classes[label] or (_is_number(text) and int(text) == label)
 
     def read(self, data: bytes) -> str:
         """The label as a text; raises ValueError if it has none."""
@@ -70,9 +70,14 @@ class ForeignLabels:
         images = sum(sum(counts.values()) for counts in texts.values())
         if not images:
             raise DataError("no image in these tars can be read; `python -m shards index` needs some")
-        numbers = all(text.isdecimal() or text in NO_CLASS for text in every)
+        labeled = every.difference(NO_CLASS)
+        if negative := sorted(text for text in labeled if text[:1] == "-" and _is_number(text[1:])):
+            raise DataError(
+                f"the label {negative[0]} is no class; those without one have {' or '.join(NO_CLASS)}, classes count from 0"
+            )
+        numbers = all(map(_is_number, labeled))
         # Names may be digits themselves, as those of handwritten digits; then they are looked up, not counted.
-        if numbers and not (names and every <= set(names)):
+        if numbers and not (names and labeled and labeled <= set(names)):
             return cls._of_numbers({text: int(text) for text in every}, names, form)
         if names is None:
             if len(every) > max(100, images // 2):
@@ -81,8 +86,8 @@ class ForeignLabels:
                     "give --label-from or --label-key"
                 )
             cls._refuse_extra(texts)
-            names = sorted(every.difference(NO_CLASS))
-        unknown = sorted(every.difference(NO_CLASS, names))
+            names = sorted(labeled)
+        unknown = sorted(labeled.difference(names))
         if unknown:
             raise DataError(
                 f"the label '{shown(unknown[0])[:60]}' is none of the {len(names)} classes of --classes; add it there"
@@ -119,6 +124,11 @@ class ForeignLabels:
                 )
 
 
+def _is_number(text: str) -> bool:
+    """Whether it is a natural number that fits into the index; Python refuses to read one of thousands of digits."""
+    return text.isdecimal() and len(text) <= 18
+
+
 def read_classes(path: Path) -> list[str]:
     """Class names in the order of their numbers: one a line, or JSON, a list or ``{"0": name}``.
 
@@ -126,7 +136,7 @@ def read_classes(path: Path) -> list[str]:
         DataError: it cannot be read, is neither, or names a class twice.
     """
     try:
-        text = read_path(path).decode()
+        text = read_path(path).decode("utf-8-sig")  # Windows puts a byte order mark first
         if text.lstrip().startswith(("[", "{")):
             tree = json.loads(text)
             if isinstance(tree, dict):

@@ -168,11 +168,16 @@ def _by_file(tree: Tree, reading: Reading, path: Path) -> Layout:
             raise DataError(
                 f"--split {split}={reading.splits[split][folders.index(None)]}: there is no such folder in {tree.root}"
             )
+    left = []
     if not places:
         named: dict[str, list[Folder | None]] = {
             split: [tree.top.folders[split]] for split in SPLITS if split in tree.top.folders
         }
         places = named or {"train": [tree.top]}
+        others = [(name, folder) for name, folder in tree.top.folders.items() if named and name not in named]
+        left += [
+            f"{name} (no split)" for name, folder in others if any(is_image(item.name) for item in folder.all_files())
+        ]
     images = {
         split: [item for folder in folders if folder for item in folder.all_files() if is_image(item.name)]
         for split, folders in places.items()
@@ -180,7 +185,7 @@ def _by_file(tree: Tree, reading: Reading, path: Path) -> Layout:
     everything = [item for part in images.values() for item in part]
     entries = labels.parse(str(path), data)
     classes = labels.assign(str(path), entries, everything)
-    splits, left = {}, []
+    splits = {}
     for split, part in images.items():
         if not any(item.name in classes for item in part):
             left.append(f"{split} (no classes)")

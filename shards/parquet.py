@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -66,9 +67,20 @@ def parquet(
         scratch.mkdir(parents=True, exist_ok=True)
         with draft_of(spill) as draft, open(draft, "wb") as file:
             rows = _spill(system, files, columns, file, report)
+            _refuse_ids(source, rows, columns)
         write_whole(spill.with_suffix(".json"), json.dumps(rows))
     rows = json.loads(spill.with_suffix(".json").read_bytes())
     return _source(source, rows, columns, spill, version)
+
+
+def _refuse_ids(source: str, rows: Sequence[Any], columns: Columns) -> None:
+    """Refuse numbers of something else: the network would get an output for every number up to the largest."""
+    numbers = {label for _, _, label, _ in rows if isinstance(label, int)}
+    if columns.classes is None and numbers and max(numbers) >= max(1000, 100 * len(numbers)):
+        raise DataError(
+            f"{source}: its labels in '{columns.label}' are {len(numbers)} numbers up to {max(numbers)}, which are no classes from 0 on; "
+            "give another --label-column"
+        )
 
 
 def _source(source: str, rows: Sequence[Any], columns: Columns, spill: Path, version: str) -> Source:
@@ -195,14 +207,19 @@ def _spill(
 ) -> list[Any]:
     """Write all images one after the other; returns (split, name, label, bytes) of each, in that order."""
     rows = []
-    named = [split_words(Path(info.path).stem) or split_of(Path(info.path).parent.name) for info in files]
+    paths = [Path(info.path) for info in files]
+    named = [split_words(path.stem) or split_of(path.parent.name) for path in paths]
     if None in named and any(named):
         info = files[named.index(None)]
         raise DataError(
             f"{info.path}: its name says no split, those of others do; put every split into a folder ({', '.join(SPLITS)})"
         )
-    for number, (info, split) in enumerate(zip(files, named)):
-        for name, label, image in _rows(info, _open(system, info), columns):
+    prefixes = [path.stem for path in paths]
+    if len(set(prefixes)) < len(prefixes):  # in folders of their own
+        top = os.path.commonpath([path.parent for path in paths])
+        prefixes = [path.relative_to(top).with_suffix("").as_posix() for path in paths]
+    for number, (info, split, prefix) in enumerate(zip(files, named, prefixes)):
+        for name, label, image in _rows(info, prefix, _open(system, info), columns):
             rows.append((split or "train", name, label, len(image)))
             target.write(image)
         if report:
@@ -212,7 +229,7 @@ def _spill(
     return rows
 
 
-def _rows(info: Any, file: Any, columns: Columns) -> Iterator[tuple[str, int | str | None, bytes]]:
+def _rows(info: Any, prefix: str, file: Any, columns: Columns) -> Iterator[tuple[str, int | str | None, bytes]]:
     from pyarrow import ArrowException
 
     missing = [name for name in (columns.image, columns.label) if name not in file.schema_arrow.names]
@@ -220,7 +237,13 @@ def _rows(info: Any, file: Any, columns: Columns) -> Iterator[tuple[str, int | s
         raise DataError(
             f"{info.path}: has no column '{missing[0]}', which other files have; give files of one data set"
         )
-    stem, row = Path(info.path).stem, 0
+    own = _features(file.schema_arrow).get(columns.label)
+    if own != columns.classes:
+        has, others = ("no names" if names is None else f"{len(names)} names" for names in (own, columns.classes))
+        raise DataError(
+            f"{info.path}: has {has} of classes for '{columns.label}', the files before it {others}, or others; give files of one data set"
+        )
+    row = 0
     try:
         for batch in file.iter_batches(batch_size=_ROWS, columns=[columns.image, columns.label]):
             images, labels = batch.column(columns.image).to_pylist(), batch.column(columns.label).to_pylist()
@@ -232,7 +255,7 @@ def _rows(info: Any, file: Any, columns: Columns) -> Iterator[tuple[str, int | s
                         raise DataError(
                             f"{info.path}: its images are not in it, only their paths ({shown(path)}); use `python -m shards make folder` on these"
                         )
-                name = f"{stem}/{row:08d}" + (f"-{path.rpartition('/')[2]}" if path else ".image")
+                name = f"{prefix}/{row:08d}" + (f"-{path.rpartition('/')[2]}" if path else ".image")
                 # A row without an image becomes an empty file, which packing skips and lists.
                 yield name, _label(info, row, label, columns), data or b""
                 row += 1

@@ -40,13 +40,13 @@ def pack(path: Path, files: Files, form: int = tarfile.GNU_FORMAT, compression: 
             tar.addfile(info, io.BytesIO(data))
 
 
-def rows(split: Path) -> list[tuple[bytes, str]]:
-    """Image and class of every sample, in the order of the index."""
+def rows(split: Path) -> list[tuple[bytes, str | None]]:
+    """Image and class of every sample, None without one, in the order of the index."""
     index = Index.load(split)
     found = []
     for shard, offset, size, label in zip(index.shard, index.offset, index.size, index.label):
         data = (split / index.shards[shard].name).read_bytes()
-        found.append((data[offset : offset + size], index.classes[label]))
+        found.append((data[offset : offset + size], index.classes[label] if label >= 0 else None))
     return found
 
 
@@ -122,6 +122,17 @@ def samples(first: int, count: int, kinds: str = "jpg", padding: int = 8) -> Ite
     for n in range(first, first + count):
         yield f"{n:0{padding}d}.{kinds}", picture(n)
         yield f"{n:0{padding}d}.cls", str(n % 5)
+
+
+@pytest.mark.parametrize("unlabeled", ["-1", "-100"])
+def test_names_that_are_digits_are_looked_up_beside_images_without_a_label(unlabeled: str, tmp_path: Path) -> None:
+    labels = ["1", "2", unlabeled, "1"]
+    files = [part for n in range(4) for part in ((f"{n}.jpg", IMAGES[n]), (f"{n}.cls", labels[n]))]
+    pack(tmp_path / "in/a.tar", files)
+    (tmp_path / "names").write_bytes(b"\xef\xbb\xbf1\r\n2\r\n3\r\n")  # as Windows writes it
+    assert main(["index", str(tmp_path / "in"), "--classes", str(tmp_path / "names")]) == 0
+    assert Index.load(tmp_path / "in/train").classes == ("1", "2", "3")
+    assert rows(tmp_path / "in/train") == list(zip(IMAGES, ["1", "2", None, "1"]))
 
 
 def test_splits_by_the_tars_names_and_an_index_elsewhere(tmp_path: Path) -> None:
@@ -309,6 +320,16 @@ REFUSED: dict[str, tuple[Mapping[str, bytes | Files], list[str], str]] = {
         {"a.tar": [PAIR[0], ("1.cls", "123456")]},
         [],
         "its labels are 1 numbers up to 123456, which are no classes from 0 on; give --classes FILE with a name for each, or another --label-key",
+    ),
+    "a negative number": (
+        {"a.tar": [PAIR[0], ("1.cls", "-2")]},
+        [],
+        "the label -2 is no class; those without one have -1 or -100, classes count from 0",
+    ),
+    "a number without end": (
+        {"a.tar": [PAIR[0], ("1.cls", "9" * 5000)], "names.txt": b"a\nb\n"},
+        ["--classes", "{in}/names.txt"],
+        f"the label '{'9' * 60}' is none of the 2 classes of --classes; add it there",
     ),
     "too few names": (
         {"a.tar": PAIR, "names.txt": b"a\nb\n"},

@@ -258,3 +258,12 @@ def test_val_per_class_of_a_class_with_one_image(tmp_path: Path, capsys: pytest.
         said
         == "shards: --val-per-class is 1, but class 'owl' has 1 image; it needs at least 2, add images or leave the class out\n"
     )
+
+
+def test_folders_beside_the_splits_that_labels_do_not_read_are_said(tmp_path, capsys):
+    lay(
+        tmp_path / "in", pictures("{train,valid,extra}/1.jpg") | {"l.csv": "train/1.jpg,owl\n", "notes/readme.txt": "x"}
+    )
+    words = ["make", "folder", str(tmp_path / "in"), str(tmp_path / "out"), "--labels", str(tmp_path / "in/l.csv")]
+    assert main(words) == 0
+    assert "left out: extra (no split), valid (no split)" in capsys.readouterr().out

@@ -153,6 +153,35 @@ def test_a_large_file_is_not_read_into_memory(tmp_path: Path) -> None:
     assert megabytes < 350
 
 
+def test_files_of_the_same_name_in_two_folders_keep_their_rows_apart(tmp_path: Path) -> None:
+    for number, label in enumerate(("dog", "cat")):
+        (tmp_path / f"in/{number}").mkdir(parents=True)
+        pq.write_table(table(10 * number, [label] * 2), tmp_path / f"in/{number}/0.parquet")
+    assert main(["make", "parquet", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    index = Index.load(tmp_path / "out/train")
+    assert len(set(index.key.tolist())) == 4
+    assert rows(tmp_path / "out/train") == {
+        picture(0): "dog",
+        picture(1): "dog",
+        picture(10): "cat",
+        picture(11): "cat",
+    }
+
+
+@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "dog", "owl"], None])
+def test_files_with_other_classes_are_no_data_set(
+    names: list[str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(table(0, [0, 1], ["cat", "dog"]), tmp_path / "in/train-0.parquet")
+    pq.write_table(table(10, [0, 1], names), tmp_path / "in/train-1.parquet")
+    assert main(["make", "parquet", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "train-1.parquet: has" in said
+    assert "give files of one data set" in said
+    assert said.count("\n") == 1
+
+
 REFUSED: list[tuple[pa.Table | bytes, list[str], str]] = [
     (b"PAR1 no", [], "{in}/a.parquet: is not a Parquet file, or a damaged one ("),
     (
@@ -189,6 +218,11 @@ REFUSED: list[tuple[pa.Table | bytes, list[str], str]] = [
         ),
         [],
         "{in}/a.parquet: its images are not in it, only their paths (x/1.jpg); use `python -m shards make folder` on these",
+    ),
+    (
+        table(0, [5, 70_000]),
+        [],
+        "{in}: its labels in 'label' are 2 numbers up to 70000, which are no classes from 0 on; give another --label-column",
     ),
     (table(0, []).slice(0, 0).cast(table(0, [1]).schema), [], "{in}/a.parquet: has no rows; give files that have some"),
 ]
