@@ -256,7 +256,8 @@ def _shares(text: str, exits: int) -> list[float]:
         shares = [float(word) for word in text.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != exits or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    # Written so that nan is refused.
+    if len(shares) != exits or not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6):
         raise ConfigError(f"--shares is {text!r}; give {exits} shares that sum to 1, one per exit, such as 0.5,0.3,0.2")
     return shares
 

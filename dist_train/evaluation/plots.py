@@ -119,7 +119,8 @@ def _measures(report: Report) -> Figure | None:
 
 
 def _shares(report: Report) -> Figure | None:
-    if not report.sweeps:
+    # A network with one exit has one budget.
+    if not report.sweeps or len(report.exits) < 2:
         return None
     figure, (axes,) = new_figure(3.4)
     points = report.sweeps[0].points

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.prediction import Thresholds
+from dist_train.prediction.budget import all_digits
 from dist_train.prediction.risk import RISKS
 from dist_train.prediction.shares import Reference
 from dist_train.training import checkpoint
@@ -79,7 +80,7 @@ def point_for_budget(path: str | Path, budget: str) -> OperatingPoint:
     if not within:
         cheapest = min(point["cost"] for point, _ in points)
         raise ConfigError(
-            f"--budget is {budget}, but the cheapest point of {file} costs {cheapest:.10g} {cost}; give at least that"
+            f"--budget is {budget}, but the cheapest point of {file} costs {all_digits(cheapest)} {cost}; give at least that"
         )
     # What held-out images promise before what the images of the fit did, which is too good to be true.
     promised = [entry for entry in within if entry[0].get("expected_top1") is not None]

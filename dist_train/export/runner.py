@@ -53,13 +53,14 @@ class EarlyExit:
         """An image file, prepared as the network takes it, float32 [3, S, S]; raises OSError for what is no image."""
         how, size = self.policy["preprocessing"], self.policy["preprocessing"]["crop"]
         image: Image.Image = Image.open(file)
+        if max(image.size) > 100 * min(image.size):  # resized by its shorter side, it could fill the memory
+            raise OSError(f"{image.size[0]} x {image.size[1]} pixels; one side may be at most 100 times the other")
         if image.mode.startswith("I"):  # 16 bits
             image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        image = image.convert("RGB")
         width, height = (int(how["resize"] * side / min(image.size)) for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-        pixels = (np.asarray(image, np.float32) / 255 - np.float32(how["mean"])) / np.float32(how["std"])
+        pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), np.float32)
+        pixels = (pixels[top : top + size, left : left + size] / 255 - np.float32(how["mean"])) / np.float32(how["std"])
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def predict(self, images: Array) -> Result:
@@ -112,8 +113,7 @@ class EarlyExit:
             evidence = math.lgamma(hits + 1) + math.lgamma(others + 1) - math.lgamma(images + 2)
             evidence -= sum(n * math.log(max(p, 1e-300)) for n, p in ((hits, nearest), (others, 1 - nearest)))
             if evidence >= math.log(1 / known["level"]):
-                found = f"{100 * hits / images:.1f} % of {images} images exit at exit {number + 1}"
-                return f"{found}, usual are {100 * low:.1f} to {100 * high:.1f} %: these are of another kind"
+                return f"{100 * hits / images:.1f} % of {images} images exit at exit {number + 1}, usual are {100 * low:.1f} to {100 * high:.1f} %: these are of another kind"
         return ""
 
 

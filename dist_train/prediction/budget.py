@@ -95,6 +95,11 @@ def optimal(scores: Scores, correct: Flags, costs: Floats, budgets: Sequence[flo
     return np.stack(Search(scores, correct, costs).within(budgets, geometric(scores)))
 
 
+def all_digits(number: float) -> str:
+    """A number for a message that advises it: rounded, it could be refused itself."""
+    return np.format_float_positional(number, trim="-")
+
+
 def check_budgets(budgets: Sequence[float], costs: Floats, unit: str, clamp: bool) -> list[float]:
     """The budgets, moved into the range from the first to the last exit's cost where ``clamp`` allows it.
 
@@ -104,8 +109,7 @@ def check_budgets(budgets: Sequence[float], costs: Floats, unit: str, clamp: boo
     low, high = float(costs[0]), float(costs[-1])
     for budget in budgets:
         if not (low <= budget <= high or (clamp and not math.isnan(budget))):
-            side = f"below the first exit's {low:.10g}" if budget < low else f"above the last exit's {high:.10g}"
-            raise ConfigError(
-                f"budget {budget:.10g} {unit} is {side}; allowed is {low:.10g} to {high:.10g}, or clamp it (--clamp)"
-            )
+            given, least, most = map(all_digits, (budget, low, high))
+            side = f"below the first exit's {least}" if budget < low else f"above the last exit's {most}"
+            raise ConfigError(f"budget {given} {unit} is {side}; allowed is {least} to {most}, or clamp it (--clamp)")
     return [min(max(budget, low), high) for budget in budgets]

@@ -27,8 +27,7 @@ from dist_train.prediction.timing import OtherWork, Timing, busy_warning, condit
 from dist_train.training import checkpoint
 from shards.images import Unreadable, encode
 from shards.source import read_path, shown
-
-ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from shards.tree import IMAGE_ENDINGS, is_image, look
 
 
 @dataclass(frozen=True)
@@ -228,17 +227,17 @@ class Predictor:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that are named, and in named folders all images by their ending, in the order of their names.
+    """The files that are named, and in named folders those that shards would be made of, in the order of their names.
 
     Raises:
-        DataError: a path does not exist, or a folder holds no image.
+        DataError: a path does not exist, or a folder holds no image, or a link that leads nowhere or in a circle.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and not file.is_dir())
+            inside = sorted(path / item.name for item in look(path).top.all_files() if is_image(item.name))
             if not inside:
-                raise DataError(f"{path}: holds no image; images end in {', '.join(ENDINGS)}")
+                raise DataError(f"{path}: holds no image; images end in {', '.join(sorted(IMAGE_ENDINGS))}")
             found += inside
         elif path.exists():
             found.append(path)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#E69F00")
 """Okabe and Ito's palette without the yellow, which print loses; markers and dashes carry the same information."""
@@ -59,5 +61,9 @@ def legend_below(figure: Figure, handles: list[Any], labels: list[str]) -> None:
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     data = io.BytesIO()
-    figure.savefig(data, format="png")
+    # Names of classes and of runs are drawn as they are: with two dollar signs they would be taken for formulas.
+    with rc_context({"text.parse_math": False}):  # for labels that are made while drawing
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        figure.savefig(data, format="png")
     return data.getvalue()

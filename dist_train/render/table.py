@@ -51,7 +51,8 @@ class Table:
     def markdown(self) -> str:
         """A Markdown table under its title."""
         ruler = [*["---"] * self.names, *["--:"] * (len(self.header) - self.names)]
-        lines = [self.header, ruler, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
+        header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (self.header, *self.rows))
+        lines = [header, ruler, *rows]
         words = f"\n\n{self.words}" if self.words else ""
         return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + words
 

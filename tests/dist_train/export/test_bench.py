@@ -132,6 +132,7 @@ def test_bad_input_is_one_line(runs, exported, refused, tmp_path):
     assert "--shares is '1,1'; give 3 shares that sum to 1" in refused(
         "bench", "predict", runs["vit"], "--shares", "1,1"
     )
+    assert "--shares is 'nan,0,1'; give 3 shares" in refused("bench", "predict", runs["vit"], "--shares", "nan,0,1")
     assert "--batch is '0'; give whole numbers" in refused("bench", "predict", runs["vit"], "--batch", "0")
     assert "is an export, which has its policy" in refused("bench", "predict", exported["vit"], "--budget", "1M")
     assert "no checkpoint here" in refused("bench", "predict", tmp_path)

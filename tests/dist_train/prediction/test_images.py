@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from PIL import Image
 
 from dist_train import Predictor, cli, load_model
 from dist_train.config_file import make_config
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, DataError
 from dist_train.evaluation.thresholds import point_for_budget, point_for_risk
 from dist_train.models import build_model
 from dist_train.models.stages import StagedNetwork
 from dist_train.prediction import at_exit
+from dist_train.prediction.images import find_images
 from dist_train.training import checkpoint
 from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
 from shards.index import Index
@@ -239,6 +241,19 @@ def test_certified_thresholds_are_taken_and_a_shift_is_said(run, photos, capsys)
     assert "has no guarantee of error" in said(capsys, folder, photos, "--risk", "error")
     (folder / "report.json").write_text(json.dumps({"step": 7, "guarantee": found | {"thresholds": None}}))
     assert "report.json: too few" in said(capsys, folder, photos, "--risk", "gap")
+
+
+def test_a_folders_images_are_those_that_shards_would_be_made_of(photos, tmp_path):
+    (tmp_path / "in/.hidden").mkdir(parents=True)
+    shutil.copytree(photos, tmp_path / "elsewhere")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("a.jfif", "b.HEIC", ".hidden/c.jpg", "notes.txt"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    linked = [tmp_path / "in/linked" / file.name for file in sorted(photos.iterdir()) if file.suffix != ".txt"]
+    assert find_images([tmp_path / "in"]) == [tmp_path / "in/a.jfif", tmp_path / "in/b.HEIC", *linked]
+    (tmp_path / "in/circle").symlink_to(tmp_path / "in")
+    with pytest.raises(DataError, match="is a link to a folder that it lies in"):
+        find_images([tmp_path / "in"])
 
 
 def test_bad_input_is_one_line(run, photos, tmp_path, capsys):
