@@ -44,8 +44,9 @@ def read_text(path: Path, remedy: str) -> str:
 def make_config(tree: dict[str, Any], *overrides: str) -> Config:
     """Apply overrides to a tree of plain values and check it; raises ConfigError with one line for the first fault."""
     # Into the tree, before validation, so that checks that span fields see the final values.
-    for key, value in _override_pairs(overrides):
-        _set(tree, key, value)
+    for pair in _override_pairs(overrides):
+        for key, value in fields_of(*pair).items():
+            _set(tree, key, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -220,6 +221,17 @@ def _override_pairs(tokens: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise ConfigError(f"--{key} has no value; write --{key} VALUE")
             value = tokens.pop(0)
         yield key, parse_yaml(value, f"--{key}")
+
+
+def fields_of(key: str, value: Any) -> dict[str, Any]:
+    """A section that is given as a whole as its fields, so that those it leaves out are not set back to their defaults.
+
+    The network stays one value: that of another kind has other fields.
+    """
+    kind = Config.model_fields[key].annotation if key in Config.model_fields else None
+    if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Section):
+        return {f"{key}.{name}": one for name, one in value.items()}
+    return {key: value}
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

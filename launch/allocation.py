@@ -206,7 +206,10 @@ def _end_in_mlflow(folder: Path) -> None:
 def _may_try_again(config: Config, job: str, code: int) -> bool:
     """Record a failure in the run folder; false, with a report, after too many by this job at the same step."""
     file = config.folder / "slurm" / "failures.json"
-    failures: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    try:
+        failures: list[dict[str, Any]] = json.loads(file.read_text())
+    except (OSError, ValueError):  # none so far, or damaged: a job that could be requeued is not to end by it
+        failures = []
     nodes = os.environ["SLURM_JOB_NODELIST"]
     step = newest_step(config.folder)
     failures.append({"job": job, "step": step, "code": code, "nodes": nodes, "time": time.strftime("%F %T")})

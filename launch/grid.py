@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dist_train.config import Config, Positive, Section, Seed, UserPath
-from dist_train.config_file import explain, flatten, load_config, parse_yaml, plain, read_text
+from dist_train.config_file import explain, fields_of, flatten, load_config, parse_yaml, plain, read_text
 from dist_train.errors import ConfigError
 
 OWN = {
@@ -140,9 +140,10 @@ def cells(study: StudyConfig) -> list[Cell]:
         first = {study.against: _label(study.against, next(iter(study.axes[study.against])))}
         # The same combination with the first variant of that axis; | leaves the axes in their order.
         base = ", ".join((words | first).values())
-        fields = dict(study.set)
-        for _, settings in combination:
-            fields |= settings
+        fields: dict[str, Any] = {}
+        for settings in (study.set, *(settings for _, settings in combination)):
+            for key, value in settings.items():
+                fields |= fields_of(key, value)
         # It becomes the name of a folder and of a run.
         short = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", variant).strip("_.") for variant, _ in combination)
         for seed in study.seeds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -72,12 +73,14 @@ class Place:
 
 
 def visible_gpus(processes: int) -> list[str]:
-    """The first entries of CUDA_VISIBLE_DEVICES, numbers or names, one for each process; none where it is not set.
+    """The first entries of CUDA_VISIBLE_DEVICES, numbers or names, one for each process; none where it is not set or hides all.
 
     Raises:
         ConfigError: it has fewer.
     """
     entries = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    # As CUDA reads it: what follows a number below 0 is not visible.
+    entries = list(itertools.takewhile(lambda entry: not entry.startswith("-"), entries))
     if entries and len(entries) < processes:
         raise ConfigError(
             f"CUDA_VISIBLE_DEVICES is {','.join(entries)}, {len(entries)} GPUs for {processes} processes; name more, or start fewer"

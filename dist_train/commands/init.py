@@ -198,7 +198,7 @@ def fitted(shards: Path, out: Path, kind: str, network: str = NETWORK) -> str:
         height=height,
         file=out,
         # Quoted: a name of digits is a number in YAML, and a path may have a #.
-        name=json.dumps(re.sub(r"[^A-Za-z0-9._-]", "_", out.stem)),
+        name=json.dumps(re.sub(r"[^A-Za-z0-9._-]", "_", out.stem).lstrip("._-") or "run"),
         shards=json.dumps(str(shards)),
         size=size,
         size_from=size_from,

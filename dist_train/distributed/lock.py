@@ -13,16 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
+from dist_train.distributed.launcher import started_at
 from dist_train.errors import DataError, StorageError
 
 log = logging.getLogger("dist_train")
 
 WAIT_SECONDS = 15.0
 """How long a start waits for the processes of an earlier start to exit: after a preemption they take a few seconds."""
-SINCE = "%Y-%m-%d %H:%M:%S"
-"""How a lock's file writes the time at which it was taken."""
 _POLL_SECONDS = 0.25
 # EACCES as well: over NFS, flock is made of fcntl's locks, which may answer so.
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
@@ -112,12 +109,9 @@ class RunLock:
             return False
         if content["host"] != socket.gethostname():
             return None
-        try:
-            since = time.mktime(time.strptime(content["since"], SINCE))
-            # A number is given to another process some day, which began after the lock was taken.
-            return psutil.Process(content["pid"]).create_time() < since + 1
-        except (ValueError, TypeError, psutil.Error):
-            return False
+        # A number is given to another process some day, which began at another time.
+        started = started_at(content["pid"])
+        return started is not None and content.get("started", started) == started
 
     def _content(self) -> dict[str, Any] | None:
         """What the process that last took the lock has written into it; None where it is not whole."""
@@ -166,6 +160,7 @@ def _myself() -> dict[str, object]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "since": time.strftime(SINCE),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),  # for people
+        "started": started_at(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
     }

@@ -35,7 +35,7 @@ class MetricsFile:
                 return False
             return not evaluates or entry["batch"] < batch or "val/mean_top1" not in entry["metrics"]
 
-        lines = self.path.read_text().splitlines()
+        lines = self.path.read_text(errors="replace").splitlines()
         kept = [line for line in lines if is_kept(parse_line(line))]
         if len(kept) < len(lines):
             write_whole(self.path, "".join(line + "\n" for line in kept))
@@ -67,7 +67,7 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics.jsonl."""
-    return [entry for line in path.read_text().splitlines() if (entry := parse_line(line)) is not None]
+    return [entry for line in path.read_text(errors="replace").splitlines() if (entry := parse_line(line)) is not None]
 
 
 def read_new(file: IO[bytes], offset: int, most: int = -1) -> tuple[list[dict[str, Any]], int]:

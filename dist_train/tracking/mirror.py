@@ -255,11 +255,12 @@ class Mirror:
         }
         for name in models.keys() - kept.keys():
             forget_checkpoint(self._client, models[name])
-        sent = {name: models[name] for name in models.keys() & kept.keys()}
-        for name in kept.keys() - sent.keys():
+        sent = {}
+        # Those that are there already as well: a checkpoint of a stop is validated by the start that resumes from it.
+        for name, path in kept.items():
             step = int(name.rpartition("-")[2])
-            path = kept[name].resolve()
-            sent[name] = log_checkpoint(self._client, state["run_id"], path, step, validations.get(step, []))
+            points = validations.get(step, [])
+            sent[name] = log_checkpoint(self._client, state["run_id"], path.resolve(), step, points)
         self.state.update(models=sent)
 
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from dist_train.config import Config
 from dist_train.config_file import dump_config, load_config
 from dist_train.data.unreadable import BadSample
-from dist_train.errors import CheckpointError, ConfigError, UserError
+from dist_train.errors import CheckpointError, ConfigError
 from dist_train.files import DRAFT, draft_folder_of, sha256
 from dist_train.hub import is_address
 from dist_train.models import MultiExitNetwork, build_model
@@ -214,8 +214,7 @@ def read_meta(path: Path) -> tuple[CheckpointMeta, Config]:
     """The small side of a checkpoint: its state and its configuration.
 
     Raises:
-        CheckpointError: state.json is missing or damaged.
-        ConfigError: config.yaml is.
+        CheckpointError: state.json or config.yaml is missing, damaged, or of another version.
     """
     raw = _json(path / "state.json")
     try:
@@ -225,7 +224,10 @@ def read_meta(path: Path) -> tuple[CheckpointMeta, Config]:
         meta = CheckpointMeta(**{**raw, "progress": Progress(**raw["progress"]), "unreadable": unreadable})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: state.json is damaged ({error})") from None
-    return meta, load_config(path / "config.yaml")
+    try:
+        return meta, load_config(path / "config.yaml")
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: config.yaml cannot be used ({error})") from None
 
 
 def read(path: Path) -> Checkpoint:
@@ -249,8 +251,7 @@ def find(path: str | Path) -> Path:
     repository of the Hugging Face Hub, ``hf://ORG/NAME``, which is fetched.
 
     Raises:
-        CheckpointError: there is none, or its state is damaged.
-        ConfigError: its config.yaml is damaged, or of another version.
+        CheckpointError: there is none that can be read.
         UserError: a repository cannot be fetched, or would run code.
     """
     if is_address(path):
@@ -259,12 +260,12 @@ def find(path: str | Path) -> Path:
     if (path / "manifest.json").is_file() or all((path / name).is_file() for name in WEIGHTS):
         # Resolved, so that a link given by the user cannot move to another step between two files.
         return path.resolve()
-    problem: UserError | None = None
+    problem: CheckpointError | None = None
     # The newest state that can be read knows which step was best; the link `best` is not asked.
     for candidate in reversed(_steps(path / "checkpoints")):
         try:
             best_step = read_meta(candidate)[0].progress.best_step
-        except (CheckpointError, ConfigError) as error:
+        except CheckpointError as error:
             problem = problem or error  # of the newest, should no other be readable
             continue
         best = candidate.with_name(step_name(best_step)) if best_step is not None else candidate
@@ -273,15 +274,32 @@ def find(path: str | Path) -> Path:
     raise problem or CheckpointError(f"{path}: no checkpoint here; give a run folder, or one of its checkpoints/step-*")
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run in this folder has come to its end: the newest readable checkpoint says so."""
-    # report.json is no evidence: `dist-train eval` writes it for unfinished runs, too.
+def put_back(folder: Path) -> None:
+    """Undo replacements of a checkpoint by one of the same step that were killed between their two renames.
+
+    Only for who holds the run's lock: a writer that lives is to finish its own.
+    """
+    for old in folder.glob(f".step-*-replaced{DRAFT}"):
+        path = folder / old.name[1:].partition(".")[0]
+        if not path.exists():
+            old.rename(path)
+
+
+def newest_meta(folder: Path) -> CheckpointMeta | None:
+    """The state of the newest checkpoint in a run folder that can be read; None without any."""
     for path in reversed(_steps(folder / "checkpoints")):
         try:
-            return read_meta(path)[0].finished
-        except (CheckpointError, ConfigError):
+            return read_meta(path)[0]
+        except CheckpointError:
             continue
-    return False
+    return None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in this folder has come to its end, as it was configured then: its newest checkpoint says so."""
+    # report.json is no evidence: `dist-train eval` writes it for unfinished runs, too.
+    meta = newest_meta(folder)
+    return meta is not None and meta.finished
 
 
 def newest_step(folder: Path) -> int:

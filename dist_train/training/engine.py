@@ -221,8 +221,11 @@ class Engine:
             return None
         weights = {name: self._whole_average(name).clone() for name in self.averages.tensors}
         average_buffers(self.model, weights, self.group)
-        # Integer buffers have no average: they are the network's own.
-        return weights | {n: b.detach().clone() for n, b in self.model.named_buffers() if n not in weights}
+        # Integer buffers have no average: they are the network's own.  Buffers that are not saved are in neither.
+        saved = self.model.state_dict()
+        return weights | {
+            n: b.detach().clone() for n, b in self.model.named_buffers() if n in saved.keys() - weights.keys()
+        }
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """Whole tensors ``KEY/PARAMETER`` of the optimizer, on the CPU on rank 0, empty elsewhere. All ranks must call."""

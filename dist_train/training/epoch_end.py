@@ -26,7 +26,11 @@ class EpochEnd:
         checkpointer: Checkpointer,
         run_folder: RunFolder,
         requests: StopRequests,
+        *,
+        had_ended: bool,
     ) -> None:
+        """``had_ended``: the run resumes from a checkpoint that says finished, whose report is there already."""
+        self.had_ended = had_ended
         self.group, self.schedule, self.requests = group, schedule, requests
         self.engine, self.validator = engine, validator
         self.checkpointer, self.run_folder = checkpointer, run_folder
@@ -65,9 +69,10 @@ class EpochEnd:
     def _report(self, progress: Progress) -> None:
         """Write report.json at the end; a run that had ended before keeps the one that it has."""
         if self.validation is None:
-            if self.group.on_rank0(lambda: self.run_folder.has_report):
+            if self.had_ended and self.group.on_rank0(lambda: self.run_folder.has_report):
                 return
-            # The start that validated left no report, or it was removed since.
+            # The start that validated left no report, it was removed since, or it is of another step: the run is at its
+            # end because the configuration has fewer epochs now.
             self.validation = self.validator.run(self._weights())
             assert self.validation is not None
         self.run_folder.write_report(progress, self.validation)

@@ -172,7 +172,7 @@ def _runs(names: Sequence[str]) -> list[_Run]:
     return [
         _Run(name)
         for name in names
-        if is_address(name) or Path(name).exists() or not (name == AVERAGED or ":" in name or is_named(name))
+        if name != AVERAGED and (is_address(name) or Path(name).exists() or not (":" in name or is_named(name)))
     ]
 
 

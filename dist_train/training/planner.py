@@ -6,7 +6,6 @@ import copy
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
 
@@ -24,6 +23,7 @@ from dist_train.training.memory import Memory, estimate, gpu_memory
 from dist_train.training.optim import state_names
 from dist_train.training.outside_teachers import teacher_bytes
 from dist_train.training.preflight import check_processes
+from dist_train.training.resume import has_ended
 from dist_train.training.schedule import Schedule
 
 GIB = 2**30
@@ -143,8 +143,8 @@ def plan(config: Config, world_size: int = 1) -> Plan:
         return Plan(config, world_size, problems=[str(error)])
     model = ready.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    activations = activation_bytes(config, len(ready.train.classes))
-    finished = resume is not None and _has_ended(resume.path, config, ready.steps_per_epoch)
+    activations, uncounted = _activations(config, len(ready.train.classes))
+    finished = has_ended(config, ready.steps_per_epoch)
     teachers = 0 if finished else teacher_bytes(config, ready.train.classes)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     # All in float32: the weights, the optimizer's tensors, and the averages.
@@ -164,16 +164,20 @@ def plan(config: Config, world_size: int = 1) -> Plan:
         resumes=str(resume.path) if resume else None,
         finished=finished,
         notes=[*ready.train.quarantine_notes, *ready.val.quarantine_notes],
-        warnings=[one for one in (emulation_warning(config.train.precision, device), _lead_time(config)) if one],
+        warnings=[
+            one for one in (emulation_warning(config.train.precision, device), _lead_time(config), uncounted) if one
+        ],
     )
 
 
-def _has_ended(path: Path, config: Config, steps_per_epoch: int) -> bool:
-    """Whether a run that resumes from this checkpoint would train on no further batch."""
-    meta, _ = checkpoint.read_meta(path)
-    limit = config.train.max_steps
-    done = meta.progress.batch >= config.train.epochs * steps_per_epoch
-    return meta.finished and (done or (limit is not None and meta.progress.step >= limit))
+def _activations(config: Config, num_classes: int) -> tuple[int, str]:
+    """:func:`activation_bytes`, and a warning where they cannot be traced."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    try:
+        return activation_bytes(config, num_classes), ""
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return 0, "memory is without activations, because the network looks at values of its tensors while it computes"
 
 
 def _augmentation(data: DataConfig) -> list[str]:

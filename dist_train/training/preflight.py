@@ -25,9 +25,8 @@ from dist_train.loss import ExitDistillation
 from dist_train.models import MultiExitNetwork, build_model, load_pretrained
 from dist_train.models.cost import cost_columns
 from dist_train.models.parts import exit_parts, part_of, trained_parts
-from dist_train.training.checkpoint import is_finished
 from dist_train.training.outside_teachers import check_teachers, teacher_folders, try_teachers
-from dist_train.training.resume import ResumePoint, resume_point
+from dist_train.training.resume import ResumePoint, has_ended, resume_point
 from dist_train.training.zero import chosen_stage
 from shards.index import Index
 from shards.index_file import FILE
@@ -83,7 +82,7 @@ def preflight(config: Config, ranks: Ranks) -> Preflight:
     _check_norms(model, config, ranks.world_size)
     _check_writable(config.folder)
     stage = chosen_stage(config, model, ranks.world_size)
-    if not is_finished(config.folder):  # a run that is done needs no teachers
+    if not has_ended(config, order.steps_per_epoch):  # a run that is done needs no teachers
         with _mounted(config, teacher_folders):
             check_teachers(config, stage, train.classes)
     return Preflight(config, train, val, model, steps, order.steps_per_epoch, stage)
@@ -132,7 +131,7 @@ def check_processes(config: Config, ranks: Ranks) -> tuple[Preflight, ResumePoin
     # A resumed run takes its weights from the checkpoint: the pretrained file may be gone by then.
     if resume is None:
         load_first_weights(config, ready.model)
-    if not is_finished(config.folder):
+    if not has_ended(config, ready.steps_per_epoch):
         try_teachers(config, ready.train.classes)
     return ready, resume
 

@@ -51,6 +51,16 @@ def resume_point(config: Config, train: Index, val: Index) -> ResumePoint | None
     return None if path is None else ResumePoint(path, check_resumable(path, config, train, val))
 
 
+def has_ended(config: Config, steps_per_epoch: int) -> bool:
+    """Whether the run has come to its end and, as it is configured now, would train on no further batch."""
+    meta = checkpoint.newest_meta(config.folder)
+    if meta is None or not meta.finished:
+        return False
+    limit = config.train.max_steps
+    done = meta.progress.batch >= config.train.epochs * steps_per_epoch
+    return done or (limit is not None and meta.progress.step >= limit)
+
+
 def check_resumable(path: Path, config: Config, train: Index, val: Index) -> list[str]:
     """List what changed since a checkpoint, one line each; refuse changes that would make it another run.
 

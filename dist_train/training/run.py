@@ -9,6 +9,7 @@ from dist_train.distributed.group import Group, Ranks
 from dist_train.distributed.lock import RunLock
 from dist_train.distributed.watchdog import JOIN, Watchdog
 from dist_train.tracking.progress import set_up_logging
+from dist_train.training.checkpoint import put_back
 from dist_train.training.determinism import make_deterministic
 from dist_train.training.health import StopRequests
 from dist_train.training.memory import explain_out_of_memory
@@ -36,6 +37,7 @@ def train(config: Config) -> Run:
     with StopRequests() as requests, RunLock(config.folder) as lock:
         if ranks.rank == 0:
             lock.acquire(say=print)
+            put_back(config.folder / "checkpoints")
         # After the lock: the report of an earlier start, which it removes, may be one of the training that holds it.
         with watchdog:
             set_up_logging(ranks.rank, config.folder)

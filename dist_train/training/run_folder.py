@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dist_train.config import Config
 from dist_train.config_file import dump_config
@@ -109,8 +110,8 @@ class RunFolder:
 
     @property
     def has_report(self) -> bool:
-        """Whether there is a report.json."""
-        return (self.path / "report.json").exists()
+        """Whether there is a report.json that can be read."""
+        return self._report() is not None
 
     def log(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Append a line of metrics; one that cannot be written is kept for :meth:`flush`."""
@@ -146,8 +147,8 @@ class RunFolder:
             log.info(
                 "%s was already complete at step %d; set more train.epochs, or another --name", self.path, progress.step
             )
-        if (self.path / "report.json").exists():
-            self.say_result(Validation.of_report(json.loads((self.path / "report.json").read_text())))
+            if (report := self._report()) is not None:
+                self.say_result(Validation.of_report(report))
 
     def say_result(self, validation: Validation) -> None:
         """Say the table of the exits, and where everything is."""
@@ -161,6 +162,13 @@ class RunFolder:
         """End the mirror with MLflow's status of the run."""
         if self.tracker:
             self.tracker.close(status, timeout)
+
+    def _report(self) -> dict[str, Any] | None:
+        try:
+            content = json.loads((self.path / "report.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) and "exits" in content else None
 
     def _announce(self, progress: Progress, resume: ResumePoint | None, notes: Sequence[str | None]) -> None:
         train, ready = self._config.train, self._ready

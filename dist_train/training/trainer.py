@@ -85,8 +85,16 @@ class Trainer:
         slow = emulation_warning(config.train.precision, group.device.type)
         self.run_folder.begin(self.progress, self.schedule.validation_is_due(self.progress), resume, [order, slow])
         watchdog.at_end = functools.partial(self.run_folder.close, "FAILED", timeout=10)
+        had_ended = loaded is not None and loaded.meta.finished
         self.epoch_end = EpochEnd(
-            group, self.schedule, self.engine, self.validator, self.checkpointer, self.run_folder, requests
+            group,
+            self.schedule,
+            self.engine,
+            self.validator,
+            self.checkpointer,
+            self.run_folder,
+            requests,
+            had_ended=had_ended,
         )
         self.save_is_due = False
         """Whether a checkpoint was due with the last batch."""

@@ -224,6 +224,20 @@ def small(classes):
 """
 
 
+def test_the_plan_of_a_network_that_looks_at_its_values_says_what_it_does_not_count(
+    config, capsys, tmp_path, monkeypatch
+):
+    looks = NETWORK.replace("nn.Flatten()", "Looks(), nn.Flatten()")
+    looks += "\nclass Looks(nn.Module):\n    def forward(self, x):\n        return x if float(x.sum()) < 1e9 else -x\n"
+    (tmp_path / "looking.py").write_text(looks)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = '{name: "looking:small", exits: ["1"]}'
+    assert cli.run(["plan", str(config), "--model", model]) == 0
+    assert (
+        "memory is without activations, because the network looks at values of its tensors" in capsys.readouterr().out
+    )
+
+
 def test_a_network_in_the_current_folder_is_found_by_every_verb(config, tmp_path):
     """By the program dist-train itself, which unlike `python -m` has not the current folder among the modules' places."""
     (tmp_path / "mine.py").write_text(NETWORK)

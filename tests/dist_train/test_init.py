@@ -111,6 +111,14 @@ def test_a_shipped_configuration_takes_the_shards_that_are_given(tmp_path, monke
     assert (tmp_path / "imagenet.yaml").read_text() == before
 
 
+@pytest.mark.parametrize(("out", "name"), [("_x.yaml", "x"), ("über.yaml", "ber"), ("-.yaml", "run")])
+def test_odd_names_of_the_file_give_a_name_that_runs_can_have(out, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shards(tmp_path, 20, 20, 100)
+    assert run(["init", "photos", "--data", "shards", f"--out={out}"]) == 0
+    assert load_config(out).name == name
+
+
 def test_without_shards_it_is_said_how_to_make_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(["init"]) == 2

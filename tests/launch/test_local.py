@@ -235,7 +235,14 @@ def test_ctrl_c_while_everything_is_imported_is_no_traceback(config, module):
 
 @pytest.mark.parametrize(
     ("visible", "expected"),
-    [("", [0, 1]), ("4,5", ["4", "5"]), ("4,5,6", ["4", "5"]), ("MIG-a, GPU-b", ["MIG-a", "GPU-b"])],
+    [
+        ("", [0, 1]),
+        ("4,5", ["4", "5"]),
+        ("4,5,6", ["4", "5"]),
+        ("MIG-a, GPU-b", ["MIG-a", "GPU-b"]),
+        ("-1", [0, 1]),
+        ("4,5,-1,6", ["4", "5"]),
+    ],
 )
 def test_the_ranks_get_the_gpus_that_were_chosen(monkeypatch, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -176,6 +176,17 @@ def test_names_of_variants_are_taken_as_they_are_written(study_file):
     assert groups == ["run #1", "try: 1", "teacher 12", "naïve 🙂"]
 
 
+def test_a_section_as_a_whole_leaves_its_other_fields_as_they_are(study_file):
+    path = study_file("whole", "train.max_steps: 30,", "train: {max_steps: 30, global_batch: 96},")
+    path.write_text(path.read_text().replace("{loss.teachers: last}", "{train: {epochs: 3}, loss.teachers: last}"))
+    study = load_study(path)
+    before, alone, taught = (load_config(study.config), *(config_of(study, cell) for cell in cells(study)))
+    for config, epochs in ((alone, 1), (taught, 3)):
+        given = {"max_steps": 30, "global_batch": 96, "epochs": epochs}
+        assert config.train == before.train.model_copy(update=given)
+    assert load_config(study.config, "--train", "{epochs: 3}").train.micro_batch == before.train.micro_batch
+
+
 def test_a_study_asked_to_stop_lets_its_run_save(study_file, tmp_path):
     # Its step takes longer than the study takes between two looks at it, in which the request must not be repeated.
     path = study_file("slow", "model.exits: 2", 'model: {name: "slow:network", exits: [body]}')

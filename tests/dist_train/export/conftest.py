@@ -40,6 +40,7 @@ def train(name, digits, folder, steps=120):
         }
     )
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the same network whatever tests ran before in this process
     index = Index.load(digits / "train")
     model = build_model(config.model, len(index.classes), 32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

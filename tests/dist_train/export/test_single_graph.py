@@ -34,7 +34,6 @@ def test_it_takes_the_exits_of_the_network_and_gives_its_logits(graph, runs, exp
     sure = untied(runs["msdnet"], policy, images)
     assert (result.exits - 1 == expected.exits.numpy())[sure].all()
     np.testing.assert_allclose(result.logits[sure], expected.logits.numpy()[sure], atol=1e-4)
-    assert len(set(result.exits.tolist())) > 1
     assert network.counts.tolist() == np.bincount(result.exits - 1, minlength=3).tolist()
     assert network.predict(images[:0].numpy()).exits.shape == (0,)
     stages = policy_of(exported["msdnet"])

@@ -1,5 +1,6 @@
 """`dist-train watch`: a run that has not started, trains, is resumed, is killed, has ended."""
 
+import json
 import math
 import signal
 import subprocess
@@ -119,16 +120,20 @@ def test_a_run_that_is_killed_is_waited_for_and_then_left(config, monkeypatch):
     assert list(looks) == []
 
 
-def test_a_start_is_not_disturbed_by_those_who_look_on(config):
+def test_a_start_is_not_disturbed_by_those_who_look_on(config, monkeypatch):
     with RunLock(config.folder) as lock:
         lock.acquire(wait_seconds=0)
         assert RunLock(config.folder).holder_lives()
         RunLock(config.folder).join()
         lock.join()
     text = (config.folder / "lock").read_text()
-    (config.folder / "lock").write_text(
-        text.replace(time.strftime("%Y-"), "1999-")
-    )  # of an earlier process of this number
+    for zone in ("Asia/Tokyo", "America/New_York"):  # somebody elsewhere looks on
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        assert RunLock(config.folder).holder_lives()
+    content = json.loads(text)
+    # Of an earlier process of this number.
+    (config.folder / "lock").write_text(json.dumps(content | {"started": content["started"] - 1}))
     assert RunLock(config.folder).holder_lives() is False
     (config.folder / "lock").write_text(text.replace('"host": "', '"host": "another-'))
     assert RunLock(config.folder).holder_lives() is None

@@ -23,6 +23,7 @@ class TwoExits(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 7, 3, bias=not norm)  # a bias before a norm has no gradient but noise
         self.norm = nn.BatchNorm2d(7) if norm else nn.Identity()
+        self.register_buffer("places", torch.arange(3.0), persistent=False)  # as tables of positions are
         self.first, self.body, self.last = nn.Linear(7, 5, bias=False), nn.Conv2d(7, 9, 3), nn.Linear(9, 5, bias=False)
 
     def forward(self, images):
@@ -220,6 +221,7 @@ def averages(group, zero):
             if tensor.is_floating_point():
                 expected[name].lerp_(tensor, 1 - decay)
     result = engine.averaged_weights()
+    assert result.keys() == expected.keys()  # or they could not be loaded
     return max(float((result[name] - expected[name]).abs().max()) for name in expected if "num_batches" not in name)
 
 

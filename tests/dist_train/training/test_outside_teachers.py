@@ -16,6 +16,7 @@ from dist_train.config import Config
 from dist_train.config_file import make_config
 from dist_train.distributed.group import Group, Ranks
 from dist_train.errors import ConfigError, UserError
+from dist_train.training import outside_teachers
 from dist_train.training.outside_teachers import OutsideTeachers, share_averages, try_teachers
 from dist_train.training.resume import resume_point
 from shards.index import Index
@@ -110,6 +111,12 @@ class Words(nn.Module):
 
 def words(num_classes: int) -> nn.Module:
     return Words()
+
+
+def test_a_folder_called_like_the_averages_is_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "averaged").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert outside_teachers._runs(["averaged"]) == []
 
 
 def test_a_network_of_ones_own_teaches(digits: Path, tmp_path: Path) -> None:

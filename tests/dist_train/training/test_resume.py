@@ -18,7 +18,11 @@ from safetensors.torch import load_file
 from dist_train import plan
 from dist_train.config_file import make_config
 from dist_train.data.passes import epoch_order
+from dist_train.distributed.group import Ranks
+from dist_train.errors import UserError
 from dist_train.tracking.metrics import read_metrics
+from dist_train.training.preflight import check_processes
+from dist_train.training.resume import has_ended
 from shards.index import Index
 from tests.common import LIMIT, ROOT, SMALL_MODEL, train_all
 
@@ -162,6 +166,33 @@ def test_killed_and_stopped_runs_end_as_the_uninterrupted_one(digits, tmp_path):
         report, expected = (json.loads((run.folder / "report.json").read_text()) for run in (other, whole))
         assert report == expected
         assert report["images"] == 360
+
+
+def test_a_run_that_ends_elsewhere_than_before_gets_the_report_of_its_end(ranks, digits, tmp_path):
+    def epochs(number, **fields):
+        config = settings(digits, tmp_path, "ends", global_batch=360, micro_batch=360, epochs=number)  # 3 steps each
+        saved = config.checkpoint.model_copy(update={"every_steps": None, "every_epochs": 1})
+        return config.model_copy(update={"checkpoint": saved, **fields})
+
+    ranks(train_all, 1, [epochs(3)])
+    folder = epochs(3).folder
+    shutil.rmtree(folder / "checkpoints" / "step-00000009")  # as a start left it that was killed before the end
+    assert ranks(train_all, 1, [epochs(2)]) == [[6]]
+    report = json.loads((folder / "report.json").read_text())
+    (line,) = [
+        one for one in read_metrics(folder / "metrics.jsonl") if "val/mean_top1" in one["metrics"] and one["step"] == 6
+    ]
+    assert report["step"] == 6
+    assert [one["top1"] for one in report["exits"]] == [line["metrics"][f"val/exit{m}/top1"] for m in (1, 2)]
+    # One that cannot be read is made anew.
+    (folder / "report.json").write_text("{")
+    assert ranks(train_all, 1, [epochs(2)]) == [[6]]
+    assert json.loads((folder / "report.json").read_text())["exits"] == report["exits"]
+    # A run that would train on has not ended, and its teachers are checked.
+    assert [has_ended(epochs(number), 3) for number in (1, 2, 5)] == [True, True, False]
+    taught = epochs(5).loss.model_copy(update={"outside_teachers": (str(tmp_path / "absent"),)})
+    with pytest.raises(UserError, match="absent"):
+        check_processes(epochs(5, loss=taught), Ranks(0, 1, 0, 1))
 
 
 @pytest.mark.parametrize("steps", [4, 5])  # with the last checkpoint written before the evaluation, and after it
