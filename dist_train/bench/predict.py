@@ -230,7 +230,7 @@ def _of_run(known: Any, folder: Path) -> Subject:
         runtimes.append(TorchRuntime(staged, cut, point.policy, compiled=True))
     if all(map(importlib.util.find_spec, EXPORTERS)):
         costs = [cost.macs for cost in exit_costs(network, size, lazy=True)]
-        content = policies.content(point, costs, meta.classes, config.data, meta.progress.step, {})
+        content = policies.content(point, costs, meta.classes, config, meta.progress.step, {})
         from dist_train.bench.exported import exported_runtimes
 
         runtimes += exported_runtimes(staged, size, content, folder)

@@ -15,7 +15,9 @@ from dist_train.training.checkpoint import CheckpointMeta
 
 BUDGETS = (0.5, 0.75, 1.0)
 """Shares of the last exit's cost that the table of budgets asks for."""
-OF_FLOAT32 = "Accuracy and guarantees below are of the network in float32; `export/README.md` has the accuracy of these programs."
+OF_ANOTHER = (
+    "Accuracy and guarantees below are of the network in {}; `export/README.md` has the accuracy of these programs."
+)
 CITATION = """@inproceedings{phuong2019distillation,
   title     = {Distillation-Based Training for Multi-Exit Architectures},
   author    = {Phuong, Mary and Lampert, Christoph H.},
@@ -50,7 +52,7 @@ def card_text(
         f"An image classifier with several exits ({config.model.name}, step {meta.progress.step}): an image that an early exit is "
         "confident of stops there, and skips the rest of the computation.",
         _use(address, report),
-        *(_export(address, exported["runtime"], exported["precision"]) if exported else ()),
+        *(_export(address, exported["runtime"], exported["precision"], config.train.precision) if exported else ()),
         "## Accuracy",
         *(_accuracy(report) if report else ("It has not been evaluated.",)),
         _data(config, meta, report),
@@ -82,12 +84,12 @@ for logits in model.iter_exits(images):  # prepared as config.yaml says; compute
 ```"""
 
 
-def _export(address: str, runtime: str, precision: str) -> tuple[str, ...]:
+def _export(address: str, runtime: str, precision: str, evaluated: str) -> tuple[str, ...]:
     fetch = f"hf download {address.removeprefix(PREFIX)} --include 'export/*' --local-dir .\n"
     return (
         f"Without torch and without dist_train, in {precision} in {runtime} by `export/predict.py`, which is short enough to be read before it is run:",
         f"```bash\n{fetch if address.startswith(PREFIX) else ''}pip install numpy pillow {runtime}\npython export/predict.py IMAGES\n```",
-        *((OF_FLOAT32,) if precision != "fp32" else ()),
+        *((OF_ANOTHER.format(evaluated),) if precision != evaluated else ()),
     )
 
 

@@ -78,7 +78,7 @@ def export(
             images = _images(data, index, others) if form.precision == "int8" else None
             programs = _write(staged, data.image_size, point.policy, draft, form.format, images)
             programs |= {"precision": form.precision}
-            policy = policies.content(point, costs, meta.classes, data, meta.progress.step, programs)
+            policy = policies.content(point, costs, meta.classes, config, meta.progress.step, programs)
             # Once before the runner opens it, which checks all hashes, and once more with what it has measured.
             policies.write(draft, policy)
             exported = open_export(draft, threads=1)

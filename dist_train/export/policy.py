@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dist_train.config import DataConfig
+from dist_train.config import Config
 from dist_train.errors import ConfigError
 from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.files import sha256, write_whole
@@ -27,7 +27,7 @@ def content(
     point: OperatingPoint,
     costs: Sequence[int],
     classes: Sequence[str],
-    data: DataConfig,
+    config: Config,
     step: int,
     programs: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -35,11 +35,12 @@ def content(
 
     ``thresholds`` has one number per exit (null: no image leaves there; the last is not used), which ``measure`` of the logits,
     divided by ``temperatures`` where there are any, must reach. ``promise`` is what report.json says of these thresholds:
-    budget and expected accuracy, or the guarantee, of the network in float32 (``precision``), whatever that of the programs. ``shares`` are the intervals that the shares of images per exit stay in while
-    the images are of the same kind.  ``programs`` has ``runtime``, ``precision``, and ``stages``, the programs in order, or ``graph``, the one
+    budget and expected accuracy, or the guarantee, of the network as it was evaluated: in the ``precision`` of its training,
+    whatever that of the programs.  ``shares`` are the intervals that the shares of images per exit stay in while the images
+    are of the same kind.  ``programs`` has ``runtime``, ``precision``, and ``stages``, the programs in order, or ``graph``, the one
     that stops by itself.
     """
-    policy = point.policy
+    policy, data = point.policy, config.data
     values = [*policy.values][: len(costs) - 1]
     return {
         "format": FORMAT,
@@ -50,7 +51,7 @@ def content(
         "thresholds": [_number(value) for value in values] + [None],
         "temperatures": policy.temperatures,
         "weights": policy.weights,
-        "promise": point.promise | {"precision": "fp32"} if point.promise else None,
+        "promise": point.promise | {"precision": config.train.precision} if point.promise else None,
         "shares": _shares(point),
         "costs": {"unit": "multiply_adds_lazy", "exits": list(costs)},
         "preprocessing": {

@@ -123,7 +123,9 @@ def _promise(policy: dict[str, Any]) -> str:
     promise = policy["promise"]
     if not promise:
         return ""
-    whose = "" if policy["precision"] == "fp32" else "Of the network in float32; not guaranteed for these programs. "
+    evaluated = promise["precision"]
+    same = policy["precision"] == evaluated
+    whose = "" if same else f"Of the network in {evaluated}, as it was evaluated; not guaranteed for these programs. "
     if "risks" in promise:
         risks = "; ".join(f"{one['risk']} at most {one['epsilon']:g}" for one in promise["risks"])
         return f"\n{whose}Guaranteed with probability {1 - promise['delta']:g} on images like those of {promise['calibration']}: {risks}.\n"

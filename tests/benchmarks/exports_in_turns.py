@@ -48,7 +48,7 @@ def main(config_file, repeats=50):
             programs = _write(staged, size, policy, folder, format_, images) | {"precision": precision}
             point = OperatingPoint(policy, Reference([], 0), {})
             names = [str(number) for number in range(classes)]
-            policies.write(folder, policies.content(point, [0] * staged.num_exits, names, config.data, 0, programs))
+            policies.write(folder, policies.content(point, [0] * staged.num_exits, names, config, 0, programs))
             networks[kind] = open_export(folder, threads=1)
         image = random.standard_normal((1, 3, size, size), dtype=np.float32)
         times = {(kind, exit_): [] for exit_ in range(staged.num_exits) for kind in networks}

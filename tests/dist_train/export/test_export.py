@@ -110,7 +110,10 @@ def test_a_guarantee_is_handed_on(runs, tmp_path):
     assert "\nGuaranteed with probability 0.95" in text
     assert "not guaranteed for these programs" not in text
     lower = readme_text(policy | {"precision": "int8"}, [1.0, 2.0, 3.0])
-    assert "Of the network in float32; not guaranteed for these programs. Guaranteed with probability 0.95" in lower
+    assert (
+        "Of the network in fp32, as it was evaluated; not guaranteed for these programs. Guaranteed with probability 0.95"
+        in lower
+    )
 
 
 @pytest.mark.parametrize("limit", [None, 1.0])

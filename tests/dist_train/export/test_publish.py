@@ -130,8 +130,8 @@ def test_the_card_says_what_the_report_says(published):
     assert "Trained on `digits/train`, 10 classes: 0, 1" in body
     assert "10.1109/ICCV.2019.00144" in body
     assert "in fp32 in onnxruntime by `export/predict.py`" in body
-    assert card.OF_FLOAT32 not in body
-    assert card.OF_FLOAT32 in card._export("hf://team/digits", "onnxruntime", "int8")
+    assert card.OF_ANOTHER.format("fp32") not in body
+    assert card.OF_ANOTHER.format("bf16") in card._export("hf://team/digits", "onnxruntime", "fp32", "bf16")
     assert point_for_budget(folder, body.partition("--budget ")[2].split()[0])  # the command of the card works
 
 
