@@ -80,6 +80,8 @@ class StudyConfig(Section):
             if not variants:
                 raise ValueError(f"{axis} has no variants")
             opened[axis] = {plain(v): {axis: v} for v in variants} if isinstance(variants, list) else variants
+            if len(opened[axis]) < len(variants):
+                raise ValueError(f"{axis} has values that are written alike; give each once, or name them")
         return opened
 
     @model_validator(mode="after")

@@ -189,7 +189,9 @@ def _encode(image: Image.Image, data: bytes, encoding: Encoding) -> Encoded:
     mode = next((what for what in unusual if what != "orientation"), None)
     if ext is None or (mode and encoding.unusual == "convert"):
         file = io.BytesIO()
-        _eight_bits(image).save(file, "PNG")
+        picture = _eight_bits(image)
+        picture.info.pop("transparency", None)  # would be saved, as the alpha that is dropped
+        picture.save(file, "PNG")
         return Encoded(file.getvalue(), "png", image.width, image.height, unusual, mode if ext else kind)
     # JPEG and PNG were looked through for a missing end; of other formats only decoding shows it.
     if ext not in ("jpg", "png"):

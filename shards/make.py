@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -338,14 +338,25 @@ def _lock(lock: IO[str], out: Path) -> None:
             time.sleep(0.1)
 
 
+def _locked(drafts: Path, out: Path) -> IO[str]:
+    """The lock of the folder for drafts, which is made if it is missing; held until it is closed."""
+    while True:
+        drafts.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            lock = open(drafts / "lock", "w")  # noqa: SIM115 - whom it is given to closes it
+            _lock(lock, out)
+            # Who held it may have removed the folder meanwhile: the lock of a file that is gone keeps nobody out.
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(drafts / "lock")):
+                return lock
+            lock.close()
+
+
 @contextmanager
 def drafts_in(out: Path) -> Iterator[Path]:
     """The folder for what is not finished, for one process at a time; without anything to keep it is removed again."""
     drafts, created = out / _DRAFTS, not out.exists()
     try:
-        drafts.mkdir(parents=True, exist_ok=True)
-        with open(drafts / "lock", "w") as lock:
-            _lock(lock, out)
+        with _locked(drafts, out):
             try:
                 yield drafts
             except UserError:

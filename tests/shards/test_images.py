@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +86,14 @@ def test_what_is_converted_looks_the_same(name: str) -> None:
     pixels = np.asarray(Image.open(io.BytesIO(image.data)))
     assert pixels.shape == (40, 60, 3)
     assert np.abs(pixels.astype(int) - SMOOTH[:, :, None]).max() <= (6 if what == "CMYK" else 0)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 0), ("RGB", (0, 0, 0)), ("P", 0)])
+def test_a_colour_that_was_transparent_is_converted_to_one_that_is_not(mode: str, colour: Any) -> None:
+    data = saved(Image.fromarray(SMOOTH).convert(mode), "PNG", transparency=colour)
+    image = encode(data, Encoding(unusual="convert"))
+    assert "transparency" not in Image.open(io.BytesIO(image.data)).info
+    assert encode(image.data, Encoding(unusual="convert")).unusual == ()
 
 
 def test_sixteen_bits_are_scaled_as_dali_does() -> None:

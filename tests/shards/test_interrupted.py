@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,9 @@ import psutil
 import pytest
 from PIL import Image
 
+from dist_train.errors import DataError
 from shards.__main__ import main
+from shards.make import drafts_in
 from tests.common import LIMIT, tree
 
 WORDS = ["--val-per-class", "4", "--max-size", "24"]
@@ -160,3 +164,22 @@ def test_two_at_once_are_refused(source: Path, tmp_path: Path, capsys: pytest.Ca
         assert main(["make", "folder", str(source), str(tmp_path / "out")]) == 2
     assert "another process is making shards there" in capsys.readouterr().err
     assert (tmp_path / "out" / ".making" / "lock").exists()
+
+
+def test_a_lock_that_went_with_its_folder_keeps_others_out_all_the_same(tmp_path: Path) -> None:
+    """One waits for the lock while its holder removes the folder: what it gets is the lock of the new folder."""
+    out, found = tmp_path / "out", []
+
+    def wait() -> None:
+        with drafts_in(out) as drafts:
+            with pytest.raises(DataError, match="another process is making shards there"), drafts_in(out):
+                pass
+            found.append((drafts / "lock").exists())
+
+    with drafts_in(out) as drafts:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.3)
+        shutil.rmtree(drafts)
+    waiting.join()
+    assert found == [True]
