@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -96,7 +98,7 @@ def end(folder: Path, status: str) -> None:
 class SyncState:
     """``tracking.json`` in the run folder: where the run is in MLflow, how far it was sent, how it ended.
 
-    All threads of a process share one of these, since its lock is what keeps them from undoing each other's updates.
+    A lock keeps threads and processes (a training, and `dist-train sync` beside it) from undoing each other's updates.
 
     ``uri``; ``folder``, where the run lives; ``key``, the folder's own; ``run_id``; ``described``, whether MLflow has the settings; ``offset``, the
     bytes of metrics.jsonl that it has, and ``inode``, of which file they are; ``models``, MLflow's ids of the checkpoints by their names; ``tags``; ``started`` and ``ended``, ms; ``status``; ``complete``.
@@ -116,14 +118,26 @@ class SyncState:
 
     def update(self, **fields: Any) -> None:
         """Set some fields, whole or not at all."""
-        with self._lock:
+        with self._alone():
             write_whole(self._path, json.dumps(self.read() | fields))
 
     def forget_run(self) -> None:
         """Forget the MLflow run, but not how the training that it was about began and ended."""
         kept = ("tags", "started", "ended", "status")
-        with self._lock:
+        with self._alone():
             write_whole(self._path, json.dumps({key: value for key, value in self.read().items() if key in kept}))
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock:
+            folder = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                # Where the file system has no locks, threads at least are kept apart.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(folder, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(folder)
 
     def belongs_to(self, folder: Path) -> bool:
         """Whether this is the state of a run that still lives in ``folder``, and not that of the run it was copied from.

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -195,3 +197,16 @@ def test_what_cannot_be_synced_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_config(make_config(fields)))
     with pytest.raises(TrackingError, match=r"tracking\.uri off"):
         sync(tmp_path)
+
+
+def update_often(folder, name):
+    state = SyncState(folder)
+    for number in range(120):
+        state.update(**{f"{name}{number % 3}": number})
+
+
+def test_processes_do_not_undo_each_others_updates(tmp_path):
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        list(pool.map(update_often, [tmp_path] * 2, ["training", "sync"]))
+    last = {0: 117, 1: 118, 2: 119}
+    assert SyncState(tmp_path).read() == {f"{name}{k}": last[k] for name in ("training", "sync") for k in last}
