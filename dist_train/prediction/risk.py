@@ -35,13 +35,14 @@ Risk = Literal["gap", "consistency", "error", "cost"]
 RISKS: tuple[Risk, ...] = get_args(Risk)
 Integers = NDArray[np.int64]
 
-FIT_SHARE = 0.3
-"""Share of the calibration images that the way is fitted on; it has one parameter per exit, and testing needs the rest."""
+FIT_SHARE, FIT_IMAGES = 0.3, 500
+"""Share of the calibration images that the way is fitted on, and how many at most: it has one parameter per exit, and testing
+needs the rest."""
 POINTS = 100
 """Of the way, evenly in cost; a fixed sequence pays nothing for many."""
 LARGEST_BET = 0.75
 """Share of the wealth that a single image can take (Waudby-Smith & Ramdas, section 4.4)."""
-DIFFERENCE_PRICE = 0.5
+DIFFERENCE_PRICE = 1.0
 """Hits that the way pays, for ``gap``, where an exit is right and the last one wrong or the other way round."""
 MOST_IMAGES = 10**7
 """Beyond this many, no number of images is named."""
@@ -127,7 +128,7 @@ def check_targets(targets: Sequence[Target], delta: float) -> None:
 def fit_rows(images: int) -> tuple[Integers, Integers]:
     """Which of N calibration images the way is fitted on, and which it is tested on, in a random order that N decides."""
     order = np.random.default_rng(images).permutation(images)
-    count = math.ceil(FIT_SHARE * images)
+    count = min(math.ceil(FIT_SHARE * images), FIT_IMAGES)
     return order[:count], order[count:]
 
 
@@ -254,6 +255,7 @@ def _worth(outputs: Outputs, targets: Sequence[Target]) -> Flags | Floats:
         return outputs.correct
     # An exit that is right where the last is wrong makes up for one that is wrong where the last is right, but both add to
     # the variance of the gap, and so to the images that its test needs: of the same gap, fewer differences are better.
+    # At a price of 1 the first is worth nothing, and the second counts twice.
     correct = outputs.correct.astype(np.float64)
     worth: Floats = correct - DIFFERENCE_PRICE * (correct != correct[:, -1:])
     return worth
@@ -368,6 +370,7 @@ class _Test:
                     None,
                 )
             # The others are for the fit.
-            needed = math.ceil(max(tested, len(loss) + 1) / (1 - FIT_SHARE))
+            tested = max(tested, len(loss) + 1)
+            needed = min(math.ceil(tested / (1 - FIT_SHARE)), tested + FIT_IMAGES)
             return f"{start}; give about {needed:,} calibration images, or raise --epsilon or --delta", needed
         return "no thresholds keep to all of the risks at once; raise an --epsilon, or give fewer risks", None
