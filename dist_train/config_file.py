@@ -55,7 +55,7 @@ def make_config(tree: dict[str, Any], *overrides: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, every field written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -198,6 +198,16 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes words which are numbers in YAML 1.2 alone, such as 08 and 1e5, or they would be read as such."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | _Loader.yaml_implicit_resolvers.keys()
+}
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """YAML with one meaning of every number and word (see _Loader); raises ConfigError with the line of a fault."""
     try:
@@ -205,7 +215,9 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}:{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(
+            f"{source}:{where} is not valid YAML: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
+        ) from None
 
 
 def _override_pairs(tokens: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -308,8 +320,10 @@ def explain(error: ValidationError, schema: type[Section] = Config) -> str:
     )
     if first["type"] == "extra_forbidden":
         return _unknown(".".join(place), schema)
-    if first["type"] == "missing":
+    if first["type"] == "missing" and key == ".".join(place):
         return f"'{key}' is missing; it has no default"
+    if first["type"] == "missing":  # a part of a value, such as the third of three numbers
+        return f"{key} is incomplete; its part {'.'.join(place).removeprefix(key).strip('.')} is missing"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message  # what spans sections belongs to none

@@ -77,8 +77,8 @@ class StudyConfig(Section):
             return given
         opened = {}
         for axis, variants in given.items():
-            if not variants:
-                raise ValueError(f"{axis} has no variants")
+            if not isinstance(variants, list | dict) or not variants:
+                raise ValueError(f"axes.{axis} is {variants!r}; give a list of values, or variants with their fields")
             opened[axis] = {plain(v): {axis: v} for v in variants} if isinstance(variants, list) else variants
             if len(opened[axis]) < len(variants):
                 raise ValueError(f"{axis} has values that are written alike; give each once, or name them")

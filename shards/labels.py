@@ -169,6 +169,8 @@ def _columns(name: str, first: Sequence[str]) -> tuple[int, int, int]:
     found = [
         next((names.index(word) for word in words if word in names), -1) for words in (_IMAGE_COLUMNS, _CLASS_COLUMNS)
     ]
+    if any(map(is_image, first)):
+        found = [-1, -1]  # a line of data, whose class is called like a column
     if len(first) == 2:
         return (1, 0, 1) if found in ([1, -1], [-1, 0], [1, 0]) else (0, 1, int(found != [-1, -1]))
     if -1 in found:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dist_train.arguments import Parser
 from dist_train.config import DataConfig
-from dist_train.config_file import load_config
+from dist_train.config_file import make_config, parse_yaml
 from dist_train.data.reader import ShardReader
 from dist_train.data.split import open_split
 from dist_train.errors import ConfigError, DataError
@@ -144,11 +144,11 @@ def run(arguments: list[str]) -> int:
             )
     else:
         text = fitted(known.data or Path("data/photos"), out, known.kind, known.network or NETWORK)
+    config = make_config(parse_yaml(text, str(out)))  # before it is written, so that nothing unusable is left
     try:
         write_whole(out, text)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
-    config = load_config(out)
     print(f"{out} is written; next:")
     if not Path(str(config.data.shards)).exists():
         print(f"  dist-train shards make --help             # how shards are made, into {config.data.shards}")

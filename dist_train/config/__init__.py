@@ -64,7 +64,7 @@ __all__ = [
 class Config(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = "run"
     """Name of the run: its folder under `runs`, and its name in MLflow."""
     runs: UserPath = Path("runs")
     """Folder of all runs."""

@@ -51,6 +51,8 @@ def _takes_bool(kind: Any) -> bool:
 
 def path_or_url(given: Any) -> Any:
     """A path, expanded, or a URL as it is."""
+    if isinstance(given, str) and (not given or re.fullmatch(r"\w+:///*", given)):
+        raise ValueError(f"{given!r} names no folder; give its path or URL")
     return expanded(given) if isinstance(given, str) and "://" not in given else given
 
 
@@ -61,7 +63,10 @@ def expanded(given: Any) -> Any:
     text = os.path.expandvars(str(given))
     if match := re.search(r"\$(\w+|\{\w+\})", text):
         raise ValueError(f"{given}: the variable {match[0]} is not set")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{given}: there is no such user, whose home it could be in") from None
 
 
 UserPath = Annotated[Path, BeforeValidator(expanded)]

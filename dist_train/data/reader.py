@@ -100,7 +100,7 @@ class ShardReader:
         """Whether the sample's shard is another file, or was written to, since it was first opened here."""
         shard = int(self._index.shard[sample])
         try:
-            found = _stamp(os.stat(self._path(shard)))
+            found = _stamp(os.stat(self._path(shard)), self._cache is not None)
         except OSError:
             return False
         return self._stamps.get(shard, found) != found
@@ -138,7 +138,7 @@ class ShardReader:
         # Opened without the lock, since it may take long on a network's file system; of two threads the later one wins.
         descriptor = _Descriptor(self._cache.path(shard) if self._cache else self._path(shard))
         with self._lock:
-            self._stamps.setdefault(shard, _stamp(os.fstat(descriptor.number)))
+            self._stamps.setdefault(shard, _stamp(os.fstat(descriptor.number), self._cache is not None))
             self._open[shard] = descriptor
             if len(self._open) > self._keep_open:
                 self._open.popitem(last=False)
@@ -164,5 +164,6 @@ class _Descriptor:
             os.close(self.number)
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_ino, status.st_mtime_ns
+def _stamp(status: os.stat_result, cached: bool) -> tuple[int, int]:
+    # The cache sets a shard's time whenever somebody uses it.
+    return status.st_ino, status.st_size if cached else status.st_mtime_ns

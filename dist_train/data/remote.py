@@ -11,6 +11,7 @@ The hash is that of the index, so that shards made anew behind the same URL are 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -40,6 +41,7 @@ _AT_ONCE = 4
 
 
 _OWN = re.compile(r"[0-9a-f]{16}/[0-9a-f]{16}-[^/]*\.tar")
+_OWN_DRAFT = re.compile(r"[0-9a-f]{16}/\.[0-9a-f]{16}-[^/]*\.tar\.\d+\.tmp")
 """The shards in the cache, below its folder."""
 _WHEN_IT_IS_BACK = "when it is back, run the same command again"
 
@@ -223,7 +225,10 @@ class ShardCache:
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     kept.append((status.st_mtime_ns, status.st_size, path))
-            coming = sum(_reserved(path) for path in root.glob("*/.*.tar.*.tmp"))
+            drafts = [
+                path for path in root.glob("*/.*.tar.*.tmp") if _OWN_DRAFT.fullmatch(path.relative_to(root).as_posix())
+            ]
+            coming = sum(map(_reserved, drafts))
             excess = sum(size for _, size, _ in kept) + coming + wanted - self._limit
             for _, size, path in sorted(kept):
                 if excess <= 0:
@@ -271,6 +276,10 @@ def fetch(files: Any, url: str, target: Path, sha256: str | None = None) -> None
         except FileNotFoundError:
             raise FileNotFoundError(f"{url}: is not there") from None
         except Exception as error:  # every driver has its own kinds
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+                raise StorageError(
+                    f"{target}: cannot be written ({error.strerror}); free space, or lower data.cache_gb"
+                ) from None
             if _is_forbidden(error):
                 raise PermissionError(f"{url}: the server forbids it (403)") from None
             fault = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -173,5 +173,10 @@ def _strata_by_weight(shard: NDArray[np.int64], weight: NDArray[np.float64], shu
         ids = np.flatnonzero(weight == value)
         # The shards of other strata would count in the window without adding to it.
         sizes = np.unique(shard[ids], return_counts=True)[1].astype(np.int64)
-        strata.append(Stratum(ids, sizes, shuffling, weight=float(value)))
+        stratum = Stratum(ids, sizes, shuffling, weight=float(value))
+        if not stratum.size:
+            raise ConfigError(
+                f"data.train has {len(ids)} images of weight {value:g}, of which none would ever come; raise the weight to 1 / {len(ids)} or more"
+            )
+        strata.append(stratum)
     return strata

@@ -16,7 +16,7 @@ from dist_train.config import Config, DataConfig
 from dist_train.data.pipeline import Loader
 from dist_train.data.split import open_index, open_split
 from dist_train.distributed.group import Group, Ranks
-from dist_train.errors import CheckpointError, DataError, UserError
+from dist_train.errors import CheckpointError, ConfigError, DataError, UserError
 from dist_train.evaluation.corruptions import SEVERITIES, TABLE, corrupt
 from dist_train.evaluation.guarantee import Request, guarantee
 from dist_train.evaluation.report import Report
@@ -95,7 +95,7 @@ def evaluate(
     model = checkpoint.load_model(path)
     costs: dict[str, list[float]] = cost_columns(model, data.image_size)
     check_budgets(budgets, np.array(costs["multiply_adds"]), "multiply_adds", clamp)
-    timing = None if cost is None else read_timing(cost, model.num_exits)
+    timing = _given_times(cost, milliseconds, model.num_exits)
     fitted_on = Images(index if fitting.index is None else fitting.index, data, fitting.split)
     _check_calibration(fitting, bool(budgets) or shift, request, meta.fingerprint, fitted_on, trained.data)
     group = Group(Ranks.from_env(), config.faults.group_minutes)
@@ -195,6 +195,12 @@ def _exists(data: DataConfig, split: str) -> bool:
     except DataError:
         return False
     return True
+
+
+def _given_times(cost: str | Path | None, milliseconds: bool, exits: int) -> Timing | None:
+    if milliseconds and cost is not None:
+        raise ConfigError("milliseconds and cost are both given; one measures times, the other reads them")
+    return None if cost is None else read_timing(cost, exits)
 
 
 def _open(data: DataConfig, split: str, classes: list[str], path: Path) -> Index:

@@ -124,6 +124,8 @@ def _report(path: str | Path, remedy: str) -> tuple[Path, dict[str, Any]]:
     except (OSError, ValueError):
         raise CheckpointError(f"{file}: there is no report to take the thresholds from; {remedy}") from None
     step = checkpoint.read_meta(found)[0].progress.step
+    if not isinstance(report, dict):
+        raise CheckpointError(f"{file}: is no report of this version; {remedy}")
     if report.get("step") != step:
         raise CheckpointError(f"{file}: is of step {report.get('step')}, the checkpoint of step {step}; {remedy}")
     return file, report

@@ -118,6 +118,8 @@ class Predictor:
         self._full: list[float] = []
         self._times: list[float] = []
         self._exits: list[int] = []
+        if precision not in (None, "fp32", "bf16", "fp16"):
+            raise ConfigError(f"precision is {precision!r}; use fp32, bf16 or fp16, or None for the faster one here")
         self.precision = precision or config.train.precision
         precisions = {precision or "fp32", self.precision}
         if len(precisions) > 1 or deadline_ms is not None:

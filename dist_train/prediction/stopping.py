@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ class Thresholds:
     weights: Sequence[Sequence[float]] | None = None
 
     def check(self, num_exits: int) -> None:
-        """Raise ConfigError where there is not one number (and temperature) per exit."""
+        """Raise ConfigError where there is not one number (and temperature) per exit, and for a measure that is none."""
+        if self.measure not in get_args(AnyMeasure):
+            raise ConfigError(f"the measure is {self.measure!r}; use one of {', '.join(get_args(AnyMeasure))}")
         if len(self.values) not in (num_exits, num_exits - 1):
             raise ConfigError(
                 f"{len(self.values)} thresholds are given for {num_exits} exits; give {num_exits - 1}, the last exit needs none"
@@ -44,6 +47,8 @@ class Thresholds:
             raise ConfigError(
                 f"{len(self.temperatures)} temperatures are given for {num_exits} exits; give one per exit"
             )
+        if self.temperatures is not None and not all(0 < one < math.inf for one in self.temperatures):
+            raise ConfigError(f"temperatures are {list(self.temperatures)}; allowed are numbers above 0")
         if self.measure == "learned" and [len(row) for row in self.weights or ()] != [len(FEATURES) + 1] * num_exits:
             raise ConfigError(
                 f"the measure learned needs {len(FEATURES) + 1} weights for each of {num_exits} exits; `dist-train eval` fits them"

@@ -76,7 +76,7 @@ def read_new(file: IO[bytes], offset: int, most: int = -1) -> tuple[list[dict[st
     data = file.read(most)
     # Up to the last whole line: the run may be writing the next one.
     data = data[: data.rfind(b"\n") + 1]
-    entries = [entry for line in data.decode().splitlines() if (entry := parse_line(line)) is not None]
+    entries = [entry for line in data.decode(errors="replace").splitlines() if (entry := parse_line(line)) is not None]
     return entries, offset + len(data)
 
 
@@ -86,7 +86,12 @@ def parse_line(line: str) -> dict[str, Any] | None:
         entry = json.loads(line)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) and "batch" in entry else None
+    whole = isinstance(entry, dict) and {"t", "step", "batch", "metrics"} <= entry.keys()
+    if not whole or not isinstance(entry["batch"], int) or not isinstance(entry["step"], int):
+        return None
+    metrics = entry["metrics"]
+    numbers = isinstance(metrics, dict) and all(isinstance(value, int | float) for value in metrics.values())
+    return entry if numbers else None
 
 
 def by_exit(metrics: Mapping[str, float], group: str, name: str) -> list[float]:

@@ -12,6 +12,7 @@ from typing import IO, Any, NamedTuple
 from dist_train.config import Config
 from dist_train.config_file import load_config
 from dist_train.distributed.lock import RunLock
+from dist_train.errors import ConfigError
 from dist_train.tracking.metrics import by_exit, read_new
 
 LOOK_SECONDS = 1.0
@@ -95,7 +96,10 @@ class Watched:
         except FileNotFoundError:
             return
         if written != self._config_written:
-            self.config, self._config_written = load_config(path), written
+            try:
+                self.config, self._config_written = load_config(path), written
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
 
     def _take(self, file: IO[bytes]) -> list[dict[str, Any]]:
         status = os.fstat(file.fileno())

@@ -324,6 +324,8 @@ def load_model(path: str | Path, weights: str = "evaluated") -> MultiExitNetwork
         CheckpointError: no checkpoint, a damaged one, or one whose raw weights were not published.
         UserError: a repository that cannot be fetched, or that would run code.
     """
+    if weights not in ("evaluated", "raw"):
+        raise ConfigError(f"weights is {weights!r}; use 'evaluated' or 'raw'")
     path = find(path)
     # Folders of weights made by hand have no manifest.
     if (path / "manifest.json").is_file():

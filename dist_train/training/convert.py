@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from dist_train.config import Config, DataConfig
-from dist_train.config_file import make_config
+from dist_train.config_file import make_config, parse_yaml
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.models import interop
 from dist_train.models.ensembles import Ensemble
@@ -105,12 +104,12 @@ def _write(output: Path, config: Config, classes: list[str], weights: dict[str, 
 
 def _read_arguments(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text())
+        content = parse_yaml(file.read_text(), str(file))
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be read ({error.strerror}); give their configuration as YAML or JSON"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: another encoding, or no number where it says so
+    except (ValueError, RecursionError):  # ValueError: another encoding, or no number where it says so
         raise ConfigError(f"{file}: is neither YAML nor JSON; write their configuration as such") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: holds a {type(content).__name__}, not names and values")

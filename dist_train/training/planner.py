@@ -137,6 +137,8 @@ def plan(config: Config, world_size: int = 1) -> Plan:
 
     Whatever is wrong with the shards or the configuration is in ``problems`` of the result.
     """
+    if not isinstance(world_size, int) or world_size < 1:
+        return Plan(config, 1, problems=[f"world_size is {world_size!r}; give a number of processes from 1 on"])
     try:
         ready, resume = check_processes(config, Ranks(0, world_size, 0, world_size))
     except UserError as error:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import GroupNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -18,7 +21,7 @@ from dist_train.config import Config, accumulation_steps
 from dist_train.config_file import load_config
 from dist_train.data.order import Order
 from dist_train.data.split import KeptQuarantine, open_split, open_training
-from dist_train.distributed.group import Ranks
+from dist_train.distributed.group import Group, Ranks
 from dist_train.distributed.lock import RunLock
 from dist_train.errors import ConfigError, DataError, StorageError, UserError
 from dist_train.loss import ExitDistillation
@@ -134,6 +137,36 @@ def check_processes(config: Config, ranks: Ranks) -> tuple[Preflight, ResumePoin
     if not has_ended(config, ready.steps_per_epoch):
         try_teachers(config, ready.train.classes)
     return ready, resume
+
+
+def check_same_data(group: Group, ready: Preflight) -> None:
+    """Refuse ranks that read other images, as of copies of the shards on the nodes' own disks; all ranks must call.
+
+    The order of an epoch follows from the images, so each rank would make one of its own, and images would come twice or never.
+
+    Raises:
+        DataError: names the first host whose data differ from rank 0's.
+    """
+    found = []
+    for index in (ready.train, ready.val):
+        content = hashlib.sha256(index.fingerprint.encode())
+        for column in (index.shard, index.offset):  # without those that are left out as unreadable
+            content.update(np.ascontiguousarray(column).tobytes())
+        found.append((content.hexdigest(), len(index)))
+    seen = group.gather((socket.gethostname(), *found))
+
+    def compare() -> None:
+        assert seen is not None  # on rank 0
+        host, *first = seen[0]
+        for rank, (other, *theirs) in enumerate(seen):
+            for name, mine, its in zip((ready.config.data.train_name, ready.config.data.val), first, theirs):
+                if mine != its:
+                    raise DataError(
+                        f"{name} has {mine[1]} images for rank 0 on {host}, and {its[1]} or others for rank {rank} on {other}; give all nodes "
+                        "the same shards and the same quarantine.json"
+                    )
+
+    group.on_rank0(compare)
 
 
 def load_first_weights(config: Config, model: MultiExitNetwork) -> None:

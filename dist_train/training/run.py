@@ -13,7 +13,7 @@ from dist_train.training.checkpoint import put_back
 from dist_train.training.determinism import make_deterministic
 from dist_train.training.health import StopRequests
 from dist_train.training.memory import explain_out_of_memory
-from dist_train.training.preflight import preflight
+from dist_train.training.preflight import check_same_data, preflight
 from dist_train.training.random_state import seed_random
 from dist_train.training.run_folder import Run
 from dist_train.training.trainer import Trainer
@@ -48,6 +48,7 @@ def train(config: Config) -> Run:
             group.broadcast(None)
             if ranks.rank:
                 lock.join()
+            check_same_data(group, ready)
             with explain_out_of_memory(config, group):
                 trainer = Trainer(config, ready, group, requests, watchdog)
             return trainer.run()

@@ -1,6 +1,7 @@
 """The configuration: what is right is read as meant, what is wrong is one line that names the key and the remedy."""
 
 import pytest
+import yaml
 
 from dist_train.config import Config, accumulation_steps
 from dist_train.config_file import RENAMED, changed_fields, describe_fields, dump_config, load_config, make_config
@@ -200,3 +201,32 @@ def test_a_configuration_shows_what_differs_from_the_defaults():
     config = make_config({"data": {"shards": "x"}, "optim": {"lr": 0.05}})
     assert repr(config) == "Config\ndata:\n  shards: x\noptim:\n  lr: 0.05\n"
     assert "lr: 0.05" in config._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "word", ["08", "1e5", "1e-4", "0o17", "12e3", "+.5e3", "off", "1:30", "null", "true", "0x1f", "~"]
+)
+def test_words_that_look_like_numbers_are_words_again_when_they_are_read(word, tmp_path):
+    model = {"name": "module:function", "exits": [word], "options": {"tag": word}}
+    config = make_config({"data": {"shards": "x"}, "model": model, "tracking": {"group": word, "experiment": word}})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert yaml.safe_load(dump_config(config))["model"]["options"] == {"tag": word}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (("--data.mean", "[0.5, 0.5]"), "data.mean is incomplete; its part 2 is missing"),
+        (("--runs", "~nobody_x/x"), "runs: ~nobody_x/x: there is no such user"),
+        (("--data.shards", '""'), "data.shards: '' names no folder"),
+        (("--data.shards", "s3://"), "data.shards: 's3://' names no folder"),
+        (("--name", "a" * 300), "name is 'aaa"),
+        (("--name", "a\x07"), "is not valid YAML: unacceptable character"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_one_line(override, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "configs" / "quickstart.yaml", *override)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -267,3 +267,11 @@ def test_folders_beside_the_splits_that_labels_do_not_read_are_said(tmp_path, ca
     words = ["make", "folder", str(tmp_path / "in"), str(tmp_path / "out"), "--labels", str(tmp_path / "in/l.csv")]
     assert main(words) == 0
     assert "left out: extra (no split), valid (no split)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("label", ["target", "label", "path"])
+def test_a_first_image_whose_class_is_called_like_a_column_is_no_header(label, tmp_path):
+    lay(tmp_path / "in", pictures("i/{1,2}.jpg") | {"l.csv": f"1.jpg,{label}\n2.jpg,dog\n"})
+    words = ["make", "folder", str(tmp_path / "in"), str(tmp_path / "out"), "--labels", str(tmp_path / "in/l.csv")]
+    assert main(words) == 0
+    assert stored(tmp_path / "out") == expected({"train": {"i/1.jpg": label, "i/2.jpg": "dog"}})

@@ -163,6 +163,12 @@ def test_a_mixture_of_weight_one_is_the_plain_order_and_of_equal_weights_one_shu
     assert np.array_equal(np.sort(twice.epoch(1)), np.arange(1000))
 
 
+def test_a_part_of_which_nothing_would_ever_come_is_refused() -> None:
+    weight = np.repeat([1.0, 0.004], [400, 100])
+    with pytest.raises(ConfigError, match=r"100 images of weight 0\.004, of which none would ever come"):
+        order.Order(SIZES, LABEL, DataConfig(shards=Path("x")), 3, BATCH, weight=weight)
+
+
 def test_weights_do_not_go_with_other_ways_of_sampling() -> None:
     for options in ({"class_balanced": True}, {"labeled_fraction": 0.25}, {"repeated_augment": 2}):
         data = DataConfig(shards=Path("x"), **options)  # type: ignore[arg-type]

@@ -112,10 +112,12 @@ def test_a_small_cache_makes_room_and_gives_the_same(
     # What a process that was killed has left neither takes room forever nor stands in for the shard.
     local = remote.local_folder(DataConfig(shards=server.url, cache=tmp_path), f"{server.url}/train")
     local.mkdir()
-    (local / ".shard-000003.tar.999999999.tmp").write_bytes(b"half of a sh")
+    (local / f".{'a' * 16}-shard-000003.tar.999999999.tmp").write_bytes(b"half of a sh")
     others = tmp_path / "photos" / "shard-000000.tar"  # in a folder that serves for other things as well
     others.parent.mkdir()
     others.write_bytes(b"somebody's")
+    making = others.with_name(".shard-000001.tar.12.tmp")
+    making.touch()
     largest = max(path.stat().st_size for path in (digits / "train").glob("*.tar"))
     loader = remote_loader(server.url, tmp_path, shuffle_shards=2, cache_gb=5.5 * largest / 1e9)
     most = 0
@@ -129,10 +131,11 @@ def test_a_small_cache_makes_room_and_gives_the_same(
             most = max(most, sum(path.stat().st_size for path in tmp_path.glob("*/*-*-*.tar")))
     loader.close()
     assert others.read_bytes() == b"somebody's"
+    assert sorted(others.parent.iterdir()) == [making, others]
     assert read == ids
     assert torch.equal(torch.cat(seen), images)
     assert 2 * largest < most <= 5.5 * largest  # of 15
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert list(tmp_path.rglob("*.tmp")) == [making]
     # Read in the order of need, a shard comes once although not all fit in.
     assert max(count for path, count in server.counts.items() if path.endswith(".tar")) == 1
 

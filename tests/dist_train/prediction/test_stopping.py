@@ -170,6 +170,8 @@ def test_policies_that_do_not_fit_are_refused(network):
         (Thresholds([0.5]), "1 thresholds are given for 4 exits; give 3"),
         (Thresholds([0.5, float("nan"), 0.5]), "allowed are numbers and infinity"),
         (Thresholds([0.5] * 3, temperatures=[1.0]), "1 temperatures are given for 4 exits"),
+        (Thresholds([0.5] * 3, temperatures=[1.0, 0.0, 1.0, 1.0]), "allowed are numbers above 0"),
+        (Thresholds([0.5] * 3, "nope"), "the measure is 'nope'; use one of max_probability, entropy"),
         (Thresholds([0.5] * 3, "learned"), "learned needs 6 weights for each of 4 exits; `dist-train eval` fits them"),
         (Thresholds([0.5] * 3, "learned", weights=[[1.0]] * 4), "learned needs 6 weights"),
         (Patience(4), "patience is 4"),

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from dist_train.tracking.metrics import MetricsFile, parse_line, read_metrics
+from dist_train.tracking.metrics import MetricsFile, parse_line, read_metrics, read_new
 
 
 def append(file, batch, metrics):
@@ -66,3 +66,12 @@ def test_lines_that_could_not_be_written_are_written_later(file, monkeypatch):
     append(file, 12, {})
     assert batches(file.path) == [2, 4, 6, 6, 8, 10, 12]
     assert os.stat(file.path).st_size == len(file.path.read_bytes())
+
+
+def test_lines_that_are_none_of_ours_are_passed_over(tmp_path):
+    ours = '{"t": 1, "step": 2, "batch": 3, "metrics": {"train/loss": 1.5}}'
+    foreign = ['{"batch": 1}', "[]", ours.replace("1.5", '"x"'), ours.replace('{"train/loss": 1.5}', "5"), "\xff"]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join([*foreign, ours, ""]).encode("latin-1"))
+    assert [entry["batch"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [3]
+    with (tmp_path / "metrics.jsonl").open("rb") as file:
+        assert [entry["batch"] for entry in read_new(file, 0)[0]] == [3]

@@ -23,6 +23,7 @@ from dist_train.errors import UserError
 from dist_train.tracking.metrics import read_metrics
 from dist_train.training.preflight import check_processes
 from dist_train.training.resume import has_ended
+from shards import quarantine
 from shards.index import Index
 from tests.common import LIMIT, ROOT, SMALL_MODEL, train_all
 
@@ -166,6 +167,29 @@ def test_killed_and_stopped_runs_end_as_the_uninterrupted_one(digits, tmp_path):
         report, expected = (json.loads((run.folder / "report.json").read_text()) for run in (other, whole))
         assert report == expected
         assert report["images"] == 360
+
+
+def trained_on(*folders):
+    """What each rank says of a training on shards of its own."""
+    from dist_train import train
+    from dist_train.errors import UserError
+
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        return train(settings(folders[rank], folders[-1], "apart", max_steps=2)).progress.step
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_whose_shards_are_not_the_same_are_refused(ranks, digits, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(digits, copy)
+    assert ranks(trained_on, 2, digits, copy, tmp_path / "runs") == [2, 2]
+    index = Index.load(copy / "train")
+    quarantine.write(copy / "train", index.fingerprint, [quarantine.Bad(5, index.key[5].decode(), "damaged")])
+    for said in ranks(trained_on, 2, digits, copy, tmp_path / "other"):
+        assert "train has 1437 images for rank 0 on " in said
+        assert ", and 1436 or others for rank 1 on " in said
 
 
 def test_a_run_that_ends_elsewhere_than_before_gets_the_report_of_its_end(ranks, digits, tmp_path):
