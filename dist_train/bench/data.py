@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.arguments import Parser
+from dist_train.bench import writable
 from dist_train.config import DataConfig
 from dist_train.data.augment import resized_crops
 from dist_train.data.order import micro_batches
@@ -40,7 +41,7 @@ def run(arguments: list[str]) -> int:
     """``dist-train bench data --images TAR_OR_FOLDER [--json PATH] [--samples N] [--threads N] [--rounds N]``."""
     parser = Parser("dist-train bench data", description=__doc__, allow_abbrev=False)
     parser.add_argument("--images", type=Path, required=True, metavar="PATH", help="JPEGs: a tar, or a folder")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--samples", type=_positive, default=3000, metavar="N", help="the images repeated to so many")
     parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="measurements of every way")
     parser.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N")

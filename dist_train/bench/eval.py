@@ -8,7 +8,6 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_train.arguments import Parser
+from dist_train.bench import writable
 from dist_train.distributed.group import Group, Ranks
 from dist_train.evaluation.samples import SampleCollector
 from dist_train.prediction import budget, crossfit
@@ -31,7 +31,7 @@ ROUNDS = 3
 def run(arguments: Sequence[str] | None = None) -> int:
     """The verb ``dist-train bench eval``."""
     parser = Parser(prog="dist-train bench eval", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the measurements to this file")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the measurements to this file")
     parser.add_argument("--guarantees", action="store_true", help="time cross-fitted budgets and all guarantees alone")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"images (default: {IMAGES:,})")
     known = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_train.arguments import Parser
+from dist_train.bench import writable
 from dist_train.config import LossConfig
 from dist_train.loss.objective import ExitDistillation
 
@@ -123,7 +124,7 @@ def bench_loss(json_path: str | Path | None = None, shapes: Sequence[tuple[int, 
 def run(argv: Sequence[str] | None = None) -> int:
     """The verb ``dist-train bench loss``."""
     parser = Parser(prog="dist-train bench loss", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the measurements to this file")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the measurements to this file")
     bench_loss(parser.parse_args(argv).json)
     return 0
 

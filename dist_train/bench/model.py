@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.arguments import Parser
+from dist_train.bench import writable
 from dist_train.bench.operators import count_operators
 from dist_train.bench.peer import load_peer
 from dist_train.config import LossConfig, OptimConfig
@@ -58,7 +59,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def run(arguments: list[str]) -> int:
     """``dist-train bench model [--json PATH] [--networks cifar imagenet] [--steps N] [--batch N] [--peer CHECKOUT]``."""
     parser = Parser("dist-train bench model", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="training steps per timed block")
     parser.add_argument("--batch", type=int, metavar="N", help="images per training step (default: 64 and 16)")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import time
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.arguments import Parser
+from dist_train.bench import writable
 from dist_train.data.passes import epoch_order
 from dist_train.errors import ConfigError
 
@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--samples", type=int, metavar="N", help="default: ImageNet's, and 14 million in 14,000 shards")
     parser.add_argument("--shards", type=int, metavar="S")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the figures there as well")
     known = parser.parse_args(arguments)
     if (known.samples is None) != (known.shards is None):
         raise ConfigError("--samples and --shards belong together; give both or none")

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_train.arguments import Parser
+from dist_train.bench import writable
 from dist_train.errors import DataError
 from shards import sources
 from shards.check import check
@@ -59,7 +60,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, metavar="FOLDER", help="where it is written (default: the temporary folder)"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the measurements to this file")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the measurements to this file")
     options = parser.parse_args(arguments)
     bench_shards(options.images, options.count, options.rounds, options.folder, options.json)
     return 0

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from dist_train.arguments import Parser
+from dist_train.bench import writable
 
 PART = re.compile(r"([a-zA-Z ]+) ([\d.]+) s")
 
@@ -20,7 +21,7 @@ PART = re.compile(r"([a-zA-Z ]+) ([\d.]+) s")
 def run(arguments: list[str]) -> int:
     """``dist-train bench start [--json PATH] [--processes N] [--runs N] [--section.key value]``; medians over the runs."""
     parser = Parser("dist-train bench start", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--processes", type=int, default=2, metavar="N")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs, after one that is not timed")
     known, overrides = parser.parse_known_args(arguments)

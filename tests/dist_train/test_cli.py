@@ -386,3 +386,9 @@ def test_training_leaves_out_what_check_has_found_and_reads_a_list_over_other_sh
     assert ended.returncode == 0, ended.stderr
     assert note in ended.stdout
     assert "cannot be read" not in ended.stdout
+
+
+@pytest.mark.parametrize("what", ["compare", "data", "eval", "loss", "model", "order", "shards", "start", "step"])
+def test_a_benchmark_says_before_it_measures_that_its_file_cannot_be_written(what, refused, tmp_path):
+    assert "cannot be written, it is a folder or in none" in refused("bench", what, "--json", tmp_path / "no/x.json")
+    assert "--json is empty; give a value, or leave it out" in refused("bench", what, "--json", "")
