@@ -14,7 +14,7 @@ def waits(digits, folder, stages):
     """By stage, of every step of two micro batches: the waits, the gradients of the loss, and in which order it goes on."""
     accelerator, steps, gradients, order = play_cuda(), [], [], []
     step, backward = Trainer.step, operator._ExitLoss.backward
-    vote, update = Group.vote, Engine.update
+    vote, go_on, update = Group.vote, Engine.next_micro_batch, Engine.update
 
     def counted(trainer, batch):
         accelerator.waits.clear()
@@ -32,12 +32,16 @@ def waits(digits, folder, stages):
         order.append("vote")
         return vote(group, *flags)
 
+    def passed(engine):
+        order.append("pass")
+        return go_on(engine)
+
     def updated(engine, *when):
-        order.append("pass" if when == (None,) else "update")
+        order.append("update")
         return update(engine, *when)
 
     Trainer.step, operator._ExitLoss.backward = counted, staticmethod(noted)
-    Group.vote, Engine.update = voted, updated
+    Group.vote, Engine.next_micro_batch, Engine.update = voted, passed, updated
     found = []
     for stage in stages:
         config = make_config(
