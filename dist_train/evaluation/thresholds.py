@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_train.errors import CheckpointError, ConfigError
+from dist_train.errors import CheckpointError, ConfigError, UserError
 from dist_train.prediction import Thresholds
 from dist_train.prediction.budget import all_digits
 from dist_train.prediction.risk import RISKS
@@ -70,25 +72,29 @@ def point_for_budget(path: str | Path, budget: str) -> OperatingPoint:
     amount, in_time = parse_budget(budget)
     remedy = f"make it with `dist-train eval {path}{' --milliseconds' if in_time else ''}`"
     file, report = _report(path, remedy)
-    sweeps = report.get("budgeted", [])
-    costs = ("milliseconds",) if in_time else COSTS
-    cost = next((cost for cost in costs if any(sweep["cost"] == cost for sweep in sweeps)), None)
-    points = [(point, sweep) for sweep in sweeps if sweep["cost"] == cost for point in sweep["points"]]
-    if not points:
-        raise CheckpointError(f"{file}: has no thresholds for a budget in {costs[0]}; {remedy}")
-    within = [entry for entry in points if entry[0]["cost"] <= amount]
-    if not within:
-        cheapest = min(point["cost"] for point, _ in points)
-        raise ConfigError(
-            f"--budget is {budget}, but the cheapest point of {file} costs {all_digits(cheapest)} {cost}; give at least that"
-        )
-    # What held-out images promise before what the images of the fit did, which is too good to be true.
-    promised = [entry for entry in within if entry[0].get("expected_top1") is not None]
-    key = "expected_top1" if promised else "calibration_top1"
-    point, sweep = max(promised or within, key=lambda entry: (entry[0][key], -entry[0]["cost"]))
-    promise = {name: value for name, value in point.items() if name != "thresholds"} | {"budget": amount, "unit": cost}
-    reference = Reference(point.get("shares", []), sweep.get("images", 0))
-    return OperatingPoint(_thresholds(point, sweep), reference, promise)
+    with _as_this_version_writes_it(file, remedy):
+        sweeps = report.get("budgeted", [])
+        costs = ("milliseconds",) if in_time else COSTS
+        cost = next((cost for cost in costs if any(sweep["cost"] == cost for sweep in sweeps)), None)
+        points = [(point, sweep) for sweep in sweeps if sweep["cost"] == cost for point in sweep["points"]]
+        if not points:
+            raise CheckpointError(f"{file}: has no thresholds for a budget in {costs[0]}; {remedy}")
+        within = [entry for entry in points if entry[0]["cost"] <= amount]
+        if not within:
+            cheapest = min(point["cost"] for point, _ in points)
+            raise ConfigError(
+                f"--budget is {budget}, but the cheapest point of {file} costs {all_digits(cheapest)} {cost}; give at least that"
+            )
+        # What held-out images promise before what the images of the fit did, which is too good to be true.
+        promised = [entry for entry in within if entry[0].get("expected_top1") is not None]
+        key = "expected_top1" if promised else "calibration_top1"
+        point, sweep = max(promised or within, key=lambda entry: (entry[0][key], -entry[0]["cost"]))
+        promise = {name: value for name, value in point.items() if name != "thresholds"} | {
+            "budget": amount,
+            "unit": cost,
+        }
+        reference = Reference(point.get("shares", []), sweep.get("images", 0))
+        return OperatingPoint(_thresholds(point, sweep), reference, promise)
 
 
 def point_for_risk(path: str | Path, risk: str) -> OperatingPoint:
@@ -106,13 +112,25 @@ def point_for_risk(path: str | Path, risk: str) -> OperatingPoint:
         raise ConfigError(f"--risk is {risk!r}; use one of {', '.join(RISKS)}")
     remedy = f"make it with `dist-train eval {path} --risk {risk} --epsilon 0.01 --delta 0.05`"
     file, report = _report(path, remedy)
-    found = report.get("guarantee")
-    if found is None or risk not in [one["risk"] for one in found["risks"]]:
-        raise CheckpointError(f"{file}: has no guarantee of {risk}; {remedy}")
-    if found["thresholds"] is None:
-        raise CheckpointError(f"{file}: {found['reason']}")
-    promise = {name: value for name, value in found.items() if name not in ("thresholds", "weights", "shares")}
-    return OperatingPoint(_thresholds(found, found), Reference(found["shares"], found["tested_images"]), promise)
+    with _as_this_version_writes_it(file, remedy):
+        found = report.get("guarantee")
+        if found is None or risk not in [one["risk"] for one in found["risks"]]:
+            raise CheckpointError(f"{file}: has no guarantee of {risk}; {remedy}")
+        if found["thresholds"] is None:
+            raise CheckpointError(f"{file}: {found['reason']}")
+        promise = {name: value for name, value in found.items() if name not in ("thresholds", "weights", "shares")}
+        return OperatingPoint(_thresholds(found, found), Reference(found["shares"], found["tested_images"]), promise)
+
+
+@contextlib.contextmanager
+def _as_this_version_writes_it(file: Path, remedy: str) -> Iterator[None]:
+    """Another version, or the author of a published network, may have written something else."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(f"{file}: is no report as this version writes it; {remedy}") from None
 
 
 def _report(path: str | Path, remedy: str) -> tuple[Path, dict[str, Any]]:
@@ -125,12 +143,12 @@ def _report(path: str | Path, remedy: str) -> tuple[Path, dict[str, Any]]:
         raise CheckpointError(f"{file}: there is no report to take the thresholds from; {remedy}") from None
     step = checkpoint.read_meta(found)[0].progress.step
     if not isinstance(report, dict):
-        raise CheckpointError(f"{file}: is no report of this version; {remedy}")
+        raise CheckpointError(f"{file}: is no report as this version writes it; {remedy}")
     if report.get("step") != step:
         raise CheckpointError(f"{file}: is of step {report.get('step')}, the checkpoint of step {step}; {remedy}")
     return file, report
 
 
 def _thresholds(point: dict[str, Any], measured: dict[str, Any]) -> Thresholds:
-    values = [math.inf if value is None else value for value in point["thresholds"]]
+    values = [math.inf if value is None else float(value) for value in point["thresholds"]]
     return Thresholds(values, measured["measure"], measured.get("temperatures"), measured.get("weights"))

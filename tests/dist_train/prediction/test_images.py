@@ -209,6 +209,23 @@ def test_a_budget_takes_the_best_point_within_it(run, photos, capsys):
     assert "is of step 8, the checkpoint of step 7" in said(capsys, folder, photos, "--budget", "1M")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"step": 7, "budgeted": 5, "guarantee": 5}',
+        '{"step": 7, "budgeted": [{"cost": "multiply_adds_lazy"}], "guarantee": {"risks": 1}}',
+        '{"step": 7, "budgeted": [{"cost": "multiply_adds_lazy", "measure": "margin", "points": [{"cost": 1, '
+        '"calibration_top1": 1, "thresholds": ["a"], "shares": []}]}], "guarantee": {"risks": [{"risk": "gap"}], "thresholds": ["a"]}}',
+    ],
+)
+def test_a_report_of_another_form_is_one_line(content, run, photos, capsys):
+    folder, _ = run
+    (folder / "report.json").write_text(content)
+    for option in (("--budget", "1M"), ("--risk", "gap")):
+        assert "report.json: is no report " in said(capsys, folder, photos, *option)
+
+
 def test_certified_thresholds_are_taken_and_a_shift_is_said(run, photos, capsys):
     folder, _ = run
     found = {
