@@ -129,13 +129,20 @@ def read_folder(folder: str | Path) -> RunData:
     state = SyncState(folder)
     # What a copied folder has is the MLflow run of the one that it was copied from.
     tracking = state.read() if state.belongs_to(folder) else {}
-    data = (_json(folder / "env.json") or {}).get("data", {})
+    data = (_json(folder / "env.json") or {}).get("data")
+    data = data if isinstance(data, dict) else {}
+    report = _json(folder / "report.json")
+    exits = report.get("exits") if report else []
+    if not isinstance(exits, list) or not all(isinstance(one, dict) and _is_number(one.get("top1")) for one in exits):
+        raise DataError(
+            f"{folder}/report.json: is no report as this version writes it; make it with `dist-train eval {folder}`"
+        )
     fields = _defaults() | {key: plain(value) for key, value in flatten(tree).items()}
     return RunData(
         name=fields["name"],
         source=str(folder),
         fields=fields,
-        report=_json(folder / "report.json"),
+        report=report,
         series={metric: _one_per_step(points) for metric, points in series.items()},
         data={key: str(data[key]) for key in DATA_TAGS if key in data},
         store=tracking.get("uri"),
@@ -221,6 +228,10 @@ def _one_per_step(points: Series) -> Series:
 def _defaults() -> dict[str, str]:
     """Fields that did not exist when a run was written get their default, which is how the run behaved."""
     return {key: default for key, default, _ in describe_fields() if default != "required"}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -208,6 +208,15 @@ def test_twenty_groups_fit_the_window(make_run, compare_command, tmp_path, width
     assert width < 1200 or set(tables) == {0}
 
 
+@pytest.mark.parametrize("content", ['{"exits": 5}', '{"exits": [{"top1": "x"}], "step": 3}', '{"exits": [4]}'])
+def test_a_report_of_another_form_is_one_line(content, make_run, compare_command):
+    folders = make_run("a", [0.5]), make_run("b", [0.6])
+    (folders[1] / "report.json").write_text(content)
+    status, out, err = compare_command(*folders, "--no-track")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "b/report.json: is no report as this version writes it; make it with `dist-train eval " in err
+
+
 def test_bad_input_is_one_line(make_run, compare_command, tmp_path):
     folder = make_run("a", [0.5])
     uri = track(folder)
