@@ -94,6 +94,7 @@ class Predictor:
     ) -> None:
         if batch < 1:
             raise ConfigError(f"--batch is {batch}; it must be at least 1")
+        batch = min(batch, expected or batch)  # the decoder and the timing allocate whole batches
         if deadline_ms is not None and policy is not None:
             raise ConfigError(f"a policy and a deadline of {deadline_ms:g} ms are given; give one of them")
         path = checkpoint.find(path)

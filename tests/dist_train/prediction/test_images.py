@@ -273,6 +273,12 @@ def test_a_folders_images_are_those_that_shards_would_be_made_of(photos, tmp_pat
         find_images([tmp_path / "in"])
 
 
+def test_a_batch_is_no_larger_than_the_number_of_files(run, photos, capsys):
+    folder, _ = run
+    assert cli.run(["predict", str(folder), str(photos), "--batch", str(10**8)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 20
+
+
 def test_bad_input_is_one_line(run, photos, tmp_path, capsys):
     folder, _ = run
     assert "no checkpoint here" in said(capsys, tmp_path, photos)
