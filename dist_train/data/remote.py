@@ -27,6 +27,7 @@ from typing import Any
 
 from dist_train.config import DataConfig
 from dist_train.errors import ConfigError, StorageError
+from dist_train.files import flush
 from dist_train.files import sha256 as sha256_of
 from shards.index import Index, Shard
 
@@ -197,12 +198,15 @@ class ShardCache:
         expected, place = self._shards[shard], self._places[shard]
         assert place is not None
         draft = target.with_name(f".{target.name}.{expected.bytes}.tmp")
+        # Left by a process that was killed, it would be counted beside what is wanted now.
+        draft.unlink(missing_ok=True)
         try:
             self._make_room(expected.bytes, draft)
             try:
                 fetch(place[1], self._url(shard), draft, expected.sha256)
             except (FileNotFoundError, PermissionError) as error:  # the index names it
                 raise StorageError(f"{error}; {_WHEN_IT_IS_BACK}") from None
+            flush(draft)  # after a loss of power, the name would stand for what is not on the disk
             # Who makes room would else count it neither among the drafts nor among the shards, or in both.
             with self._room():
                 os.replace(draft, target)
