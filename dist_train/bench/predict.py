@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from dist_train.arguments import Parser
+from dist_train.bench import writable
 from dist_train.bench.runtimes import Exits, Runtime, TorchRuntime
-from dist_train.errors import ConfigError, DataError
+from dist_train.errors import ConfigError
 from dist_train.evaluation.thresholds import OperatingPoint, point_for_budget, point_for_risk
 from dist_train.export import policy as policies
 from dist_train.export.programs import EXPORTERS, check_installed
@@ -148,9 +149,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     known = _parser().parse_args(arguments)
     batches, threads = _numbers("--batch", known.batch), _numbers("--threads", known.threads)
     threads = list(dict.fromkeys(count or len(os.sched_getaffinity(0)) for count in threads))
-    for file in filter(None, (known.json, known.html)):  # said before the work, not after it
-        if file.is_dir() or not os.access(file.parent, os.W_OK):
-            raise DataError(f"{file}: cannot be written, it is a folder or in none; give another path")
     found = []
     with _subject(known) as subject:
         for runtime in subject.runtimes:
@@ -182,8 +180,8 @@ def _parser() -> Parser:
         help="for each combination, or longer for 5 rounds (default: 20)",
     )
     parser.add_argument("--compile", action="store_true", help="of a run: also with torch.compile, which takes minutes")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the times there")
-    parser.add_argument("--html", type=Path, metavar="PATH", help="write a page there")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write the times there")
+    parser.add_argument("--html", type=writable, metavar="PATH", help="write a page there")
     return parser
 
 
