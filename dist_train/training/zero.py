@@ -96,6 +96,10 @@ def initialize_deepspeed(
         with _without_mlflow():
             import deepspeed
 
+        # DeepSpeed's destructor imports it.  Before Python 3.12, an import that collects an engine and with it begins another
+        # import can end with a KeyError, so a second network in one process would fail at times.
+        with contextlib.suppress(ImportError):
+            import deepspeed.utils.pin_memory
         deepspeed.utils.logger.setLevel(logging.ERROR)
         # DeepSpeed would try out at start, with compilers, which of its own operators this machine can build; none is used here.
         # On a CPU it would then build one, a shared-memory reduction, which takes half a minute.

@@ -1,5 +1,7 @@
 """The engine: every ZeRO stage, accumulation and number of ranks makes the same updates, and state survives the change."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -170,6 +172,20 @@ def test_the_host_waits_for_the_device_once_per_update_and_never_for_all_of_it(r
     calls += [(0, {"exit_gradients": rule}) for rule in ("equilibrium", "pcgrad")]
     for counted in ranks(in_group, 2, "waits", [(calls,)]):
         assert counted == [[{f"value read in {'zero' if zero else 'engine'}.py": 1} for zero, _ in calls]]
+
+
+def destroyed(group, stage):
+    """The modules that are imported when an engine is destroyed."""
+    engine = start(group, settings(stage))
+    step(engine, 0)
+    before = set(sys.modules)
+    engine._deepspeed.destroy()  # what DeepSpeed's destructor calls
+    return sorted(sys.modules.keys() - before)
+
+
+def test_an_engine_that_is_destroyed_imports_nothing(ranks):
+    # Collected in the midst of an import, one that imports breaks it (Python before 3.12).
+    assert ranks(in_group, 1, "destroyed", [(stage,) for stage in range(4)]) == [[[]] * 4]
 
 
 def reduced(group, elements):
