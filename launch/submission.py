@@ -196,6 +196,7 @@ def _parent(configs: Sequence[Config], name: str, command: str) -> str | None:
 
 
 def _check_partition(job: SlurmConfig) -> slurm.Partition:
+    # First, because without SLURM on this machine it says so in one line.
     slurm.ask("sbatch", "--version")
     offered = slurm.partitions()
     default = next((partition.name for partition in offered.values() if partition.default), "")

@@ -96,6 +96,7 @@ def _add_make(verbs: Any) -> None:
     ):
         one = kinds.add_parser(kind, help=what, description=f"Make shards of {what}.")
         if source:
+            # A Path would take a slash from hf://.
             one.add_argument("source", type=str if kind == "parquet" else Path, metavar="SRC", help=source)
         one.add_argument("out", type=Path, metavar="OUT", help="folder for the shards, one folder per split")
         _add_reading_of(kind, one)

@@ -51,9 +51,11 @@ def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Mem
         with open(_regular(path), "rb") as file:
             end = os.fstat(file.fileno()).st_size if size is None else start + size
             file.seek(start)
+            # "r:" takes no compressed tar, in which an offset would be no place in the file.
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while member := tar.next():
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+                    # Its bytes do not lie in a row, so an offset and a size do not give them.
                     if member.issparse():
                         raise DataError(f"{path}: holds {member.name} as a sparse file; pack it again without --sparse")
                     if member.offset_data + member.size > end:
@@ -139,6 +141,7 @@ def unpacked(path: Path, scratch: Path | None) -> Path:
         return path
     if scratch is None:
         raise DataError(f"{path}: is compressed; uncompress it first")
+    # By its state: another archive at this path is uncompressed anew.
     name = hashlib.sha256(version(path).encode()).hexdigest()[:16]
     target = scratch / f"{name}.tar"
     if target.exists():

@@ -99,6 +99,7 @@ def duplicates(checked: Sequence[Checked]) -> list[str]:
 
 
 def _repeated(one: Checked) -> list[str]:
+    # Stable: of equal images the first one is what the others repeat.
     order = np.argsort(one.digests, kind="stable")
     ordered = one.digests[order]
     again = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != b"")) + 1
@@ -158,6 +159,7 @@ def _check_shard(task: tuple[Path, str, int]) -> _Found:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 with tarfile.open(fileobj=data, mode="r:") as tar:
+                    # tar puts ./ before the names where a folder is packed as `.`.
                     members = {member.name.removeprefix("./"): (member.offset_data, member.size) for member in tar}
             except tarfile.TarError as error:
                 found.faults.append(f"{path}: is not a tar archive, or a damaged one ({error})")

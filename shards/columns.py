@@ -43,6 +43,7 @@ def read(path: Path, dtypes: Mapping[str, str], rows: int) -> dict[str, NDArray[
         found = os.fstat(file.fileno()).st_size
         if found != expected:
             raise ValueError(f"it has {found} bytes, {rows} rows have {expected}")
+        # An empty file cannot be mapped.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if expected else b""
     columns, offset = {}, 0
     for name, kind in kinds.items():

@@ -257,6 +257,7 @@ def _save(place: Path, tars: Sequence[Path], parts: Sequence[Mapping[str, Any]],
         # A tar without a readable image is no shard.
         if not found["key"]:
             continue
+        # Links are resolved first: `..` behind a link leads to another folder.
         name = os.path.relpath(tar.resolve(), place.resolve())
         columns["shard"] += [len(shards)] * len(found["key"])
         columns["label"] += [labels.number[text] for text in found["text"]]
@@ -278,6 +279,7 @@ def _save(place: Path, tars: Sequence[Path], parts: Sequence[Mapping[str, Any]],
 
 
 def _dali_index(found: Mapping[str, list[Any]], label: str) -> str:
+    # As DALI's wds2idx has it: ending, offset, size and name of each file, a sample per line.
     rows = zip(*(found[name] for name in ("ext", "offset", "size", "key", "label_offset", "label_size")))
     lines = [
         f"{ext} {at} {size} {key}.{ext} {label} {label_at} {label_size} {key}.{label}\n"

@@ -109,6 +109,7 @@ def _train_archive(path: Path) -> list[_Image]:
 
 
 def _class_folders(root: Path, path: Path) -> list[_Image]:
+    # With a depth nothing is guessed: the folders of this level are the synsets.
     layout = understand(look(path), Reading(depth=1))
     prefix = path.relative_to(root).as_posix()
     return [_Image(synset, item._replace(name=f"{prefix}/{item.name}")) for item, synset in layout.splits["train"]]
@@ -184,6 +185,7 @@ def _read_truth(path: Path) -> list[str] | dict[str, str]:
         raise DataError(f"{path}: is no ground truth; a line holds a synset (n01440764) or the devkit's number of one")
     if not kit.exists():
         raise DataError(f"{path}: its numbers are explained by the devkit's meta.mat, which must lie beside it")
+    # The devkit numbers the synsets in an order of its own, which is not that of their names.
     by_number = _synsets(_of_kit(kit, "meta.mat") if kit == path else read_path(kit))
     unknown = next((line for line in lines if int(line) not in by_number), None)
     if unknown:
@@ -207,4 +209,5 @@ def _synsets(meta: bytes) -> dict[int, str]:
         rows: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
     except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        # NotImplementedError is scipy's answer to files of MATLAB 7.3, which are HDF5.
         raise DataError(f"meta.mat of the devkit: cannot be understood ({error})") from None

@@ -46,6 +46,7 @@ class Shard:
     samples: int
 
 
+# eq=False: == of arrays is an array, which a dataclass cannot take for true or false.
 @dataclass(frozen=True, eq=False)
 class Index:
     """All samples of a split in the order of the shards; a sample's id is its place in the columns, from 0.

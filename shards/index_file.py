@@ -27,6 +27,7 @@ def read_json(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE
     if not folder.is_dir() or not path.exists():
+        # Tars that others have made are to be indexed, not made.
         tars = next((place for place in (folder, folder.parent) if any(place.glob("*.tar"))), None)
         if tars:
             # The folder of all splits, where others have tars as well.

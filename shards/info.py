@@ -23,6 +23,7 @@ def describe(folder: Path) -> list[str]:
     index = Index.load(folder)
     tree = json.loads((folder / FILE).read_bytes())
     whole = sum(shard.bytes for shard in index.shards)
+    # A list uses a part of its shards, whose whole size would say nothing of it.
     megabytes = (int(index.size.sum()) if "of" in tree else whole) / 1e6
     lines = [
         f"{folder}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shard{'s' if len(index.shards) != 1 else ''}, {megabytes:.1f} MB, "

@@ -172,6 +172,7 @@ def _columns(name: str, first: Sequence[str]) -> tuple[int, int, int]:
     if any(map(is_image, first)):
         found = [-1, -1]  # a line of data, whose class is called like a column
     if len(first) == 2:
+        # The image comes first, unless a header says that it is the other way round.
         return (1, 0, 1) if found in ([1, -1], [-1, 0], [1, 0]) else (0, 1, int(found != [-1, -1]))
     if -1 in found:
         what, words = ("image", _IMAGE_COLUMNS) if found[0] < 0 else ("class", _CLASS_COLUMNS)

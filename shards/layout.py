@@ -35,6 +35,7 @@ def understand(tree: Tree, reading: Reading) -> Layout:
 def _class_folders(tree: Tree, reading: Reading) -> Layout:
     """A folder per class, at the top or in the folders of splits."""
     places, left_out = _split_folders(tree, reading)
+    # At the top, unless it holds the classes itself: then the loop below looks at it.
     _refuse_stray_images(tree, tree.top if "" not in places else None, "")
     depth = reading.depth or 1
     found = {path: list(_at_depth(folder, depth, "")) for path, (_, folder) in places.items()}

@@ -203,6 +203,7 @@ def _make_split(
     source: Source, split: str, folder: Path, tasks: Sequence[Task], workers: int, report: ProgressCallback | None
 ) -> None:
     """Write the shards that are not finished yet, and the index of all when they are."""
+    # Of processes that were killed: under the lock, nobody else writes here.
     for leftover in folder.glob(f".*{DRAFT}"):
         leftover.unlink()
     items = [item for task in tasks for item in task.items]

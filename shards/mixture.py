@@ -53,6 +53,7 @@ def mix(parts: Sequence[Part], classes: Sequence[str]) -> Index:
     starts = np.cumsum([0, *(len(index.shards) for index in chosen)])
     digest = hashlib.sha256("\0".join(classes).encode())
     for index, part in zip(chosen, parts):
+        # A run that resumes with another weight or condition is then refused, as with other data.
         digest.update(f"{index.fingerprint} {part.weight}".encode())
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(index, name) for index in chosen])

@@ -107,6 +107,7 @@ def write_shard(task: Task) -> Work:
         write_whole(task.path.with_suffix(".idx"), f"v1.2 {len(rows)}\n" + "".join(f"{row}\n" for row in rows))
         packed.shard = Shard(task.path.name, tar.length, tar.digest.hexdigest(), len(rows))
     else:
+        # A tar without an image is no shard.
         task.path.unlink()
     write_whole(task.done_file, json.dumps(vars(packed) | {"shard": asdict(packed.shard)}))
     return Work(len(task.items), source.bytes, time.perf_counter() - start, source.waited, writing)
@@ -150,6 +151,7 @@ class _Tar:
         self._parts.append(data)
         self.length += len(data)
         self._waiting += len(data)
+        # os.writev takes 1,024 parts at most (IOV_MAX).
         if self._waiting > _WRITTEN_AT_ONCE or len(self._parts) > 500:
             self._flush()
 
@@ -173,6 +175,7 @@ def _header(name: str, size: int) -> bytes:
     start, digits = name.encode("ascii"), b"%011o" % size
     assert len(start) <= 100, "keys are short"
     assert len(digits) == 11, "images are smaller than 8 GiB"
+    # 512 bytes: name, mode and owners, size, time, checksum, and the rest of the header.
     return b"%s%s%s\0%s%06o\0 %s" % (
         start.ljust(100, b"\0"),
         _MODE,
@@ -197,4 +200,5 @@ def _add_sample(tar: _Tar, columns: dict[str, list[Any]], key: str, label: int, 
 def _stem(name: str) -> str:
     """The file name in a form that WebDataset keys can have: no dots, spaces or letters outside of ASCII."""
     stem = name.rpartition("/")[2].rpartition(".")[0] or name.rpartition("/")[2]
+    # With the number before it and the ending behind it, it stays below the 100 bytes of a header.
     return _NOT_IN_KEYS.sub("_", stem)[:60]

@@ -60,9 +60,11 @@ def parquet(
         ) from None
     system, files = _find(source)
     columns = _columns(source, _open(system, files[0]).schema_arrow, image_column, label_column)
+    # By size and time: to hash the contents would be to read them all once more.
     text = json.dumps([source, [(info.path, info.size, info.mtime_ns) for info in files], image_column, label_column])
     version = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
     spill = scratch / f"parquet-{version[:16]}.bin"
+    # It is written last, so where it is, all images are in the file beside it.
     if not spill.with_suffix(".json").exists():
         scratch.mkdir(parents=True, exist_ok=True)
         with draft_of(spill) as draft, open(draft, "wb") as file:
@@ -158,6 +160,7 @@ def _columns(source: str, schema: pyarrow.Schema, image: str | None, label: str 
 
     def holds_images(field: Any) -> bool:
         kind = field.type
+        # Hugging Face's images are structs of bytes and path.
         if types.is_struct(kind):
             return any(kind.field(n).name == "bytes" for n in range(kind.num_fields))
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
@@ -185,6 +188,7 @@ def _columns(source: str, schema: pyarrow.Schema, image: str | None, label: str 
                 f"{source}: which of its columns ({', '.join(fields)}) has the class is not clear; give --label-column"
             )
     kind = fields[label].type
+    # pandas writes categories as numbers into a dictionary of names.
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
         raise DataError(f"{source}: its column '{label}' is {kind}; give --label-column with a number or a name")
@@ -223,6 +227,7 @@ def _spill(
             rows.append((split or "train", name, label, len(image)))
             target.write(image)
         if report:
+            # By the files so far: the whole number is known only when all have been opened.
             report("reading Parquet", len(rows), round(len(rows) * len(files) / (number + 1)))
     if not rows:
         raise DataError(f"{files[0].path}: has no rows; give files that have some")

@@ -63,6 +63,7 @@ def in_processes(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> It
                 "with fewer --workers"
             ) from None
         except BaseException:
+            # Without it, leaving the pool would wait for every task in its queue, also after Ctrl-C.
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -29,6 +29,7 @@ class Progress:
         """Say that ``done`` of ``total`` images of a part are finished; what the first call says was so before."""
         now = time.perf_counter()
         if part != self._part:
+            # What an earlier command had finished took no time now, and is no part of the rate.
             first = done - work.images if work else done if done < total else 0
             self._begun = now - work.seconds if work else now
             self._part, self._first, self._works = part, first, []
@@ -41,6 +42,7 @@ class Progress:
         if now > self._begun and done > self._first:
             rate = (done - self._first) / (now - self._begun)
             text += f", {rate:.0f}/s{self._limit(now)}, {_clock((total - done) / rate)} left"
+        # \033[K clears what is left of a longer line.
         ending = "\n" if done == total or not self._live else ""
         print(f"\r{text}\033[K" if self._live else text, end=ending, file=sys.stderr, flush=True)
 

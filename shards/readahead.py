@@ -44,11 +44,13 @@ class ReadAhead:
             try:
                 for part in parts:
                     waiting.append((part, pool.submit(self._read_part, part)))
+                    # One part more than there are threads, so that a thread that is done finds the next one.
                     if len(waiting) > _THREADS:
                         yield from self._next(waiting)
                 while waiting:
                     yield from self._next(waiting)
             finally:
+                # Where the loop is left midway, `with` alone would wait for all that was handed over.
                 pool.shutdown(cancel_futures=True)
 
     def _next(self, waiting: deque[tuple[Sequence[Item], Future[list[Contents]]]]) -> Iterator[tuple[Item, Contents]]:

@@ -44,6 +44,7 @@ class Reading:
                 raise DataError(f"--split {text}: give NAME=FOLDER, where NAME is one of {', '.join(SPLITS)}")
             folder = folder.strip("/")
             for other in (path for paths in folders.values() for path in paths):
+                # With a slash behind each, so that cat does not begin cats.
                 if f"{folder}/".startswith(f"{other}/") or f"{other}/".startswith(f"{folder}/"):
                     raise DataError(
                         f"--split {text}: {folder} is given already, or lies in {other}; give every folder once"

@@ -79,6 +79,7 @@ class Array:
             job_name="shards",
             comment=str(draft),
             cpus_per_task=self.workers,
+            # submitit's own default is five minutes; None leaves the limit to the partition.
             time=None,
             array_parallelism=len(parts),
             use_srun=False,

@@ -57,6 +57,7 @@ class Source:
         refuse_unprintable(self.classes)
         seen: dict[str, str] = {}
         for name in self.classes:
+            # macOS takes accents apart and ignores case, Windows drops spaces at the end.
             other = seen.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), name)
             if other is not name:
                 raise DataError(f"the classes '{other}' and '{name}' collide; rename or unite them")
@@ -189,6 +190,7 @@ def read_path(path: str | Path) -> bytes:
 
 def shown(text: str) -> str:
     """A name as it can be printed on one line, whatever bytes it has."""
+    # surrogateescape is how Python holds the bytes of a name that is not UTF-8.
     safe = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in safe)
 

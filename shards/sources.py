@@ -81,6 +81,7 @@ def samples(given: Iterable[Sample], scratch: Path) -> Source:
     path, digest, position = scratch / "samples.bin", hashlib.sha256(), 0
     found: dict[tuple[str, str], tuple[str | None, int, int]] = {}
     scratch.mkdir(parents=True, exist_ok=True)
+    # Written out, because an iterable can be read once, and workers take the images by their places.
     with draft_of(path) as draft, open(draft, "wb") as file:
         for name, label, image, split in map(_checked, given):
             if (split, name) in found:

@@ -30,5 +30,6 @@ def split_words(name: str) -> str | None:
 
 
 def _words(name: str) -> list[str]:
+    # val2017 is two words. trainval, as VOC calls the two together, is what one trains on.
     words = re.split(r"[\W_]+|(?<=[a-z])(?=\d)", name.lower().replace("trainval", "train"))
     return [word.removesuffix("set") if word.removesuffix("set") in _SPLIT_OF else word for word in words if word]

@@ -71,6 +71,7 @@ def save_lists(source: Source, folder: Path, out: Path, rule: Mapping[str, int])
         out.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".subset-", dir=out))
         for split, items in source.splits.items():
+            # Rising ids, as a list over a split has to have them.
             chosen = sorted((*ids[item.name], item.label) for item in items)
             if not chosen:
                 raise DataError(f"{folder / split}: all of its samples are in quarantine; make the shards again")

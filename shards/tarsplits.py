@@ -63,6 +63,7 @@ def _by_name(folder: Path, tars: Sequence[Path]) -> dict[str, list[Path]]:
             f"{folder}: the name of {named[None][0].name} says no split, those of others do; put every split into a folder "
             f"({', '.join(SPLITS)})"
         )
+    # It may be the folder of one split that was given.
     return {folder.name if folder.name in SPLITS else "train": list(tars)}
 
 

@@ -46,6 +46,7 @@ def select(index: Index, condition: str) -> NDArray[np.int64]:
     """
     try:
         tree = ast.parse(condition.strip(), mode="eval").body
+        # A division by 0 gives infinity or NaN, with which a comparison is simply true or false.
         with np.errstate(all="ignore"):
             chosen = np.asarray(_value(tree, index))
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:

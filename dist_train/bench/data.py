@@ -161,6 +161,7 @@ def dali(folder: Path, threads: int, decode: bool = True) -> Pass:
             dtype=types.FLOAT,
             output_layout="HWC",
             mirror=fn.random.coin_flip(),
+            # ImageNet's, in levels of 0 to 255.
             mean=[123.7, 116.3, 103.5],
             std=[58.4, 57.1, 57.4],
         )
@@ -172,6 +173,7 @@ def dali(folder: Path, threads: int, decode: bool = True) -> Pass:
     total = pipeline.epoch_size("reader")
 
     def batches() -> Iterator[int]:
+        # Whole batches alone, as the other ways have them.
         for first in range(0, total - BATCH + 1, BATCH):
             (images,) = pipeline.run()
             yield min(len(images), total - first)

@@ -148,6 +148,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """The verb ``dist-train bench predict``."""
     known = _parser().parse_args(arguments)
     batches, threads = _numbers("--batch", known.batch), _numbers("--threads", known.threads)
+    # Each count once: on one core, 1 and all are the same.
     threads = list(dict.fromkeys(count or len(os.sched_getaffinity(0)) for count in threads))
     found = []
     with _subject(known) as subject:
@@ -246,6 +247,7 @@ def _point(known: Any, exits: int) -> OperatingPoint:
     if known.risk is not None:
         return point_for_risk(known.path, known.risk)
     shares = [] if known.shares is None else _shares(known.shares, exits)
+    # Any thresholds will do: confidence is computed for its time, and the shares decide who leaves.
     return OperatingPoint(Thresholds([0.5] * (exits - 1)), Reference(shares, 0), {})
 
 

@@ -243,6 +243,7 @@ def _draw(seed: int) -> bytes:
 
     noise = np.random.default_rng(seed).normal(128, 40, (375, 500, 3)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
+    # Halved and enlarged again: noise of single pixels would make a file much larger than a photo's.
     Image.fromarray(noise).resize((250, 188)).resize((500, 375)).save(file, "JPEG", quality=96)
     return file.getvalue()
 

@@ -51,6 +51,7 @@ def run(arguments: list[str]) -> int:
     elif known.filter or known.uri:
         raise ConfigError("--filter and --uri select runs in MLflow; give --experiment NAME instead of run folders")
     else:
+        # A run that is given twice would count as two with its seed.
         runs = [read_folder(folder) for folder in dict.fromkeys(map(Path, known.runs))]
     command = shlex.join(["dist-train", "compare", *arguments])
     comparison = compare(runs, known.title or known.out.resolve().name)

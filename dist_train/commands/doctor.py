@@ -141,6 +141,7 @@ def try_reduction(device: torch.device) -> str:
     if device.type == "cpu":
         return f"works, {dist.get_backend()}"
     gpus = torch.cuda.device_count()
+    # The group above is of this process alone, so the way from GPU to GPU is tried apart from it.
     if gpus > 1:
         total = comm.reduce_add([torch.ones(1000, device=f"cuda:{n}") for n in range(gpus)])  # type: ignore[no-untyped-call]
         assert float(total.sum()) == 1000 * gpus

@@ -28,6 +28,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("--register is for a model of MLflow; give it with --mlflow, or leave it out")
     from dist_train.export.programs import check_installed
 
+    # First, because the exporter imports the runner, which ends the process where onnxruntime is missing.
     check_installed(known.format)
     from dist_train.export.export import export
 

@@ -190,6 +190,7 @@ def fitted(shards: Path, out: Path, kind: str, network: str = NETWORK) -> str:
     else:
         model = MSDNET.format(scales=4, growth=8, factors="1, 2, 4, 4", channels=16)
     small = size < SMALL
+    # Eight updates per epoch or more, as far as the images allow.
     batch = max(one for one in (8, 16, 32, 64, 128) if one <= max(8, len(index) // 8))
     return FITTED.format(
         images=len(index),
@@ -203,6 +204,7 @@ def fitted(shards: Path, out: Path, kind: str, network: str = NETWORK) -> str:
         size=size,
         size_from=size_from,
         augment="pad_crop" if small else "resized_crop",
+        # 8 / 7 is the usual 256 to 224.
         resize=size if small else round(size * 8 / 7),
         mean=", ".join(f"{value:.3f}" for value in mean),
         mean_from=mean_from,

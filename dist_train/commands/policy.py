@@ -28,6 +28,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExc
     )
     parser.add_argument(
         "--measure",
+        # Not learned, whose weights only a report has.
         choices=(*MEASURES, "agreement", "patience"),
         help="what --thresholds are compared with (default: max_probability)",
     )

@@ -139,6 +139,7 @@ def _finding(group: SeedGroup, number: int, base: SeedGroup, base_number: int) -
         return None
     by_image = _by_image((group, number), (base, base_number), list(differences))
     reports = [run.report or {} for one in (group, base) for run in one.finished]
+    # The fewest: with them the rounding of accuracies is coarsest.
     tested = min((int(report["images"]) for report in reports if "images" in report), default=None)
     return Finding(group, base, number, base_number, effect(differences, by_image, tested))
 
@@ -160,6 +161,7 @@ def _by_image(
                 if outcomes is None or (total is not None and len(outcomes) != len(total)):
                     return None
                 column = outcomes[:, number - 1]
+                # A seed counts once, however many runs it has.
                 right = sign * (column == RIGHT) / (len(runs) * len(seeds))
                 total = right if total is None else total + right
                 counted = column != UNCOUNTED if counted is None else counted & (column != UNCOUNTED)

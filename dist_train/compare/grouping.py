@@ -64,6 +64,7 @@ class SeedGroup:
         return MeanStd.of([value for run in self.runs if (value := number(run)) is not None])
 
 
+# eq=False keeps the hash of the object, by which claims() caches: one by its fields would fail at their lists.
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """Groups to compare; ``notes`` say what is missing or cannot be compared.
@@ -206,6 +207,7 @@ def _names(values: Sequence[Mapping[str, str]], members: Sequence[Sequence[RunDa
 
 def _variant(runs: Sequence[RunData]) -> str:
     """The name that a study gave to all of these runs; empty where there is none."""
+    # null is what a field without a value is as text.
     names = {run.fields.get("tracking.group", "null") for run in runs} - {"null"}
     return names.pop() if len(names) == 1 else ""
 

@@ -49,6 +49,7 @@ def training_figure(comparison: Comparison) -> Figure:
             for number, run in enumerate(group.runs):
                 points = run.series.get(metric, [])
                 points = points[:: max(1, len(points) // POINTS)]
+                # One entry in the legend for all seeds of a group.
                 label = {"label": comparison.names[group.label]} if not number else {}
                 axes.plot(
                     [step for step, _ in points],
@@ -72,6 +73,7 @@ def claim_figure(comparison: Comparison, claim: Claim) -> Figure:
         if group.label not in groups:
             continue
         style = {"color": color(index), "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+        # For the legend, which would have an entry per point if these were labeled.
         axes.plot([], [], linestyle="none", label=comparison.names[group.label], **style)
         for one in claim.findings:
             if one.group is not group:

@@ -189,6 +189,7 @@ def _from_store(client: Any, uri: str, run: Any) -> RunData:
     series = {}
     for metric in run.data.metrics:
         if wanted(metric):
+            # By time: where two starts have logged a step, the later one counts.
             history = sorted(client.get_metric_history(run.info.run_id, metric), key=lambda point: point.timestamp)
             series[metric] = _one_per_step([(point.step, point.value) for point in history])
     tags = run.data.tags

@@ -67,6 +67,7 @@ def effect(
 def t_interval(values: Sequence[float], tested: int | None = None) -> Interval:
     """Student's interval of the mean of at least two independent values; ``tested`` as for :func:`effect`."""
     mean = float(np.mean(values))
+    # mean ± t(0.975, n - 1) * s / sqrt(n)
     reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * _standard_error(values, tested)
     return mean - reach, mean + reach
 
@@ -85,6 +86,7 @@ def _standard_error(values: Sequence[float], tested: int | None) -> float:
     Accuracies on few images are often equal by chance, and differences of two such shares agree at two seeds as often: without
     the variance of rounding, a uniform distribution of one image's width for each share, they would be certain.
     """
+    # A uniform distribution of width 1 / n has the variance 1 / (12 n^2), and a difference is of two shares.
     rounding = 2 / (12 * tested**2) if tested else 0.0
     return math.sqrt((float(np.var(values, ddof=1)) + rounding) / len(values))
 

@@ -101,6 +101,7 @@ def runs_csv(comparison: Comparison) -> str:
             values = [run.fields.get(key) for key in comparison.fields]
             step = run.report.get("step") if run.report else None
             start = [group.label, run.name, run.source, run.seed, *values, step, run.seconds, run.images_per_second]
+            # A run without a report has a line as well, for its settings.
             for number, one in enumerate(run.exits or [{}], start=1):
                 lines.append([*start, number if run.exits else None, *(one.get(key) for key in numbers)])
     return csv_text([header, *lines])
@@ -138,6 +139,7 @@ def _differences(comparison: Comparison) -> Table:
         if comparison.base(group) is not group
     ]
     header = ["", "against", *_exits(comparison)]
+    # A single base stands in the title, and not in every row.
     if len(bases) == 1:
         rows, header = [[row[0], *row[2:]] for row in rows], [header[0], *header[2:]]
     against = f" against {bases.pop()}" if len(bases) == 1 else ""

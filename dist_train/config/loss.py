@@ -85,6 +85,7 @@ class LossConfig(Section):
     def _check_numbers(cls, given: Any, info: ValidationInfo) -> Any:
         positive = info.field_name == "temperature"
         rows = given if isinstance(given, list | tuple) else [given]
+        # One number, a list, or a matrix; words such as later are left to the type.
         for number in (number for row in rows for number in (row if isinstance(row, list | tuple) else [row])):
             if isinstance(number, int | float) and not (0 < number < math.inf or (number == 0 and not positive)):
                 raise ValueError(

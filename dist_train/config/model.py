@@ -150,6 +150,7 @@ NETWORKS: dict[str, type[NetworkConfig]] = {
 
 
 def _network_kind(model: Any) -> str | None:
+    # A dict in a tree that was read, a section where one was passed in Python.
     name = model.get("name", "msdnet") if isinstance(model, dict) else getattr(model, "name", None)
     if not isinstance(name, str):
         return None

@@ -46,11 +46,13 @@ def resized_crops(
     done: the share of the area uniform in ``scale``, width by height log-uniform in ``ratio``, up to ten tries; if none
     fits, the largest centred window whose aspect ratio is in ``ratio``.
     """
+    # Four numbers a try: area, aspect ratio, and the place down and across.
     draws = uniform(seed, epoch, Purpose.RESIZED_CROP, ids, 4 * _TRIES).reshape(len(ids), _TRIES, 4)
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     area = height * width * (scale[0] + draws[..., 0] * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = np.exp(low + draws[..., 1] * (high - low))
+    # From width * height = area and width / height = aspect.
     wide, tall = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     # All tries are drawn beforehand, since a view's numbers stand at fixed places of the stream, and the first that fits is taken.
     fits: NDArray[np.bool_] = (wide >= 1) & (wide <= width) & (tall >= 1) & (tall <= height)
@@ -89,11 +91,13 @@ def erasures(
 
     Zhong et al., "Random Erasing Data Augmentation", AAAI 2020, algorithm 1.
     """
+    # One number decides whether anything is erased, and four are for each try, as in resized_crops.
     draws = uniform(seed, epoch, Purpose.ERASE, ids, 1 + 4 * _TRIES)
     tries = draws[:, 1:].reshape(len(ids), _TRIES, 4)
     area = size * size * (_ERASED_AREA[0] + tries[..., 0] * (_ERASED_AREA[1] - _ERASED_AREA[0]))
     low, high = math.log(_ERASED_RATIO[0]), math.log(_ERASED_RATIO[1])
     aspect = np.exp(low + tries[..., 1] * (high - low))
+    # H_e = sqrt(S_e * r_e) and W_e = sqrt(S_e / r_e): here the ratio is that of height to width.
     tall, wide = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits: NDArray[np.bool_] = (tall < size) & (wide < size)
     chosen = (np.arange(len(ids)), fits.argmax(axis=1))
@@ -141,6 +145,7 @@ def parameters(
     if mode == "resized_crop":
         columns["anchor"], columns["shape"] = resized_crops(seed, epoch, ids, sizes, data.crop_scale, data.crop_ratio)
     else:
+        # Where nothing is varied, training sees what evaluation sees; pad_crop shifts a window of the input's size.
         resized = shorter_side(sizes, (data.eval_resize or data.image_size) if mode == "none" else data.image_size)
         anchor = centre(resized - data.image_size)
         if mode == "pad_crop":

@@ -134,6 +134,7 @@ class Decoder:
             dtype=types.FLOAT,
             output_layout="HWC",
             mirror=inputs.get("mirror", 0),
+            # In levels of 0 to 255, as they are decoded.
             mean=[255 * value for value in self._data.mean],
             std=[255 * value for value in self._data.std],
         )

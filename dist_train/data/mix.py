@@ -55,6 +55,7 @@ def shares(
     alpha = np.where(by_window, data.cutmix, data.mixup)
     # By the inverse of Beta's distribution function: a sampler that rejects would take an unknown number of draws.
     share = betaincinv(alpha, alpha, draws[:, 1])
+    # CutMix: r_w = W * sqrt(1 - lambda), so that the window has the share 1 - lambda of the area.
     side = np.where(by_window, np.rint(size * np.sqrt(1 - share)), 0).astype(np.int64)[:, None]
     first = integers(draws[:, 2:], 0, size - 1) - side // 2
     anchor, end = np.clip(first, 0, size), np.clip(first + side, 0, size)

@@ -142,6 +142,7 @@ def _repeat(ids: Ids, images: int, repeats: int) -> Ids:
 
 def _views(ids: Ids, samples: int) -> Ids:
     """Number the appearances of every id: its n-th one becomes the view id + n x samples."""
+    # Only those that come several times are sorted: in most epochs of millions of images there are none.
     several = np.flatnonzero(np.bincount(ids, minlength=samples)[ids] > 1)
     # Stable: appearances are numbered in the order of the epoch.
     by_id = several[np.argsort(ids[several], kind="stable")]

@@ -56,6 +56,7 @@ class FixedShare:
 
     def __init__(self, labeled: Stratum, unlabeled: Stratum, per_batch: tuple[int, int], epochs: int) -> None:
         self._strata, self._counts, self._epochs = (labeled, unlabeled), per_batch, epochs
+        # In global batches: what one epoch's part of a pass over each stratum lasts.
         lengths = [len(stratum.ids) / epochs / count for stratum, count in zip(self._strata, per_batch)]
         self._main = lengths.index(max(lengths))
         self.pass_size, self.per_batch = len(self._strata[self._main].ids), per_batch[self._main]
@@ -131,6 +132,7 @@ def sampling_of(
 
 def _turn(ids: Ids, turn: int, epochs: int) -> Ids:
     """The part of a pass that its epoch number ``turn`` takes."""
+    # What the division leaves over is left out: other images each time, since every pass has an order of its own.
     size = len(ids) // epochs
     return ids if epochs == 1 else ids[turn * size : (turn + 1) * size]
 

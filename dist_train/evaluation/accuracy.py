@@ -91,6 +91,7 @@ def _resampled(
         means.append((torch.from_numpy(times) @ columns / images).numpy())
     losses, by_bin = np.split(np.concatenate(means), [exits], axis=1)
     errors = np.abs(by_bin.reshape(RESAMPLES, exits, BINS)).sum(axis=2)
+    # error of a draw - (mean error of all draws - error of all images)
     errors -= errors.mean(axis=0) - np.abs(gaps.mean(axis=0)).sum(axis=1)
     ends = [np.quantile(values, TAILS, axis=0).T for values in (losses, errors.clip(min=0))]
     loss_ends, error_ends = ([(float(low), float(high)) for low, high in pairs] for pairs in ends)

@@ -24,6 +24,7 @@ class Reliability:
     @property
     def error(self) -> float:
         """Expected calibration error: mean over the images of |accuracy - confidence| of their bin."""
+        # ECE = sum over bins b of |B_b| / N * |acc(B_b) - conf(B_b)|.
         return float((self.share * np.abs(self.accuracy - self.confidence)).sum())
 
 
@@ -45,6 +46,7 @@ def reliability(confidence: NDArray[np.float32], correct: NDArray[np.bool_], bin
 
 def bin_indices(confidence: NDArray[np.float32], bins: int = BINS) -> NDArray[np.int64]:
     """The bin of every image, [N], from 0; a group of images that tie goes where its middle is."""
+    # bin = floor((r - 1/2) * bins / N) of the image with rank r, from 1; those that tie share their mean rank.
     middles = (rankdata(confidence, method="average") - 0.5) * bins / len(confidence)
     indices: NDArray[np.int64] = middles.astype(np.int64).clip(0, bins - 1)
     return indices
@@ -53,6 +55,7 @@ def bin_indices(confidence: NDArray[np.float32], bins: int = BINS) -> NDArray[np
 def fit_temperatures(samples: Samples) -> NDArray[np.int64]:
     """Index into TEMPERATURES, per exit [M], of the lowest mean cross-entropy (Guo et al., ICML 2017, section 4.2)."""
     losses = samples["scaled_loss"].mean(axis=0, dtype=np.float64)
+    # T = argmin over the grid of the mean of -ln softmax(z / T) at the label.
     indices: NDArray[np.int64] = losses.argmin(axis=1)
     return indices
 

@@ -48,6 +48,7 @@ def corrupt(images: Tensor, ids: Sequence[int], corruption: str, severity: int) 
         # Black has no hue, and becomes grey.
         worse = torch.where(value > 0, images * brighter / value.clamp(min=1e-12), brighter)
     elif corruption == "contrast":
+        # Of every channel by itself, as ImageNet-C has it.
         mean = images.mean(dim=(2, 3), keepdim=True)
         worse = (images - mean) * amount + mean
     else:
@@ -75,6 +76,7 @@ def _box(pixels: int, fewer: int, like: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, deviation: float) -> Tensor:
+    # Cut off at 4 deviations, with edges repeated, as scikit-image does, by which ImageNet-C was blurred.
     reach = math.ceil(4 * deviation)
     steps = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-0.5 * (steps / deviation) ** 2)

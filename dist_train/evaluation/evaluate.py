@@ -140,6 +140,7 @@ def _under_shift(report: Report, model: MultiExitNetwork, config: Config, group:
     for corruption in TABLE:
         for severity in SEVERITIES:
             samples = _measure(model, report.index, report.split, config, group, (corruption, severity))
+            # Where half of the split calibrates, that half stays out here as well.
             tested = samples.select(np.isin(samples.ids, report.test.ids))
             found.append(shifted(corruption, severity, tested, scoring, thresholds, np.array(costs), targets))
     return found
@@ -193,6 +194,7 @@ def _exists(data: DataConfig, split: str) -> bool:
     try:
         open_index(data, split)
     except DataError:
+        # Not for a StorageError: a store that is down says nothing about what it has.
         return False
     return True
 
@@ -271,6 +273,7 @@ def _measure(
         samples = table.join(group, model.num_exits, len(loader.bad))
     finally:
         loader.close()
+    # No comparison with NaN is true: such an image would have rank 0, and count as right at that exit.
     lost = int((~torch.from_numpy(samples["loss"]).isfinite()).any(dim=1).sum())
     if lost:
         raise CheckpointError(
@@ -284,6 +287,7 @@ def _corrupted(images: Tensor, ids: Tensor, data: DataConfig, corruption: tuple[
     """Normalised images, made worse as what they were before."""
     mean, deviation = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (data.mean, data.std))
     worse = corrupt(images.float() * deviation + mean, ids.tolist(), *corruption)
+    # In the layout in which the loader gives images.
     return ((worse - mean) / deviation).to(images.dtype).contiguous(memory_format=torch.channels_last)
 
 

@@ -62,4 +62,5 @@ def aurc(scores: NDArray[np.float32], correct: NDArray[np.bool_]) -> float:
     counts = np.bincount(group)
     # From the most confident on; of those that tie each has the mean error of all.
     errors = (np.bincount(group, weights=~correct) / counts)[np.sort(group)]
+    # AURC = 1 / N * sum over k of (errors among the k most confident images) / k.
     return float((np.cumsum(errors) / np.arange(1, len(errors) + 1)).mean())

@@ -147,6 +147,7 @@ def log_to_run(report: Report, files: Sequence[Path], out: str | Path | None = N
     uri, run_id = known.get("uri"), known.get("run_id")
     if uri is None or run_id is None or out is not None:
         return lines
+    # In the MLflow run of the original this report would take the place of the original's own.
     if not state.belongs_to(report.folder):
         return [
             *lines,

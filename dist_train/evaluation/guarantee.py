@@ -130,6 +130,7 @@ def guarantee(
     """
     cost = "multiply_adds_lazy" if "multiply_adds_lazy" in costs else "multiply_adds"
     column = np.array(costs[cost], dtype=np.float64)
+    # As certify divides them: a test on images that the measure was fitted on would promise too much.
     rows, _ = fit_rows(len(calibration))
     scoring = fit_scoring(calibration.select(rows), request.measure)
     found = certify(
@@ -166,8 +167,10 @@ def measure(
         loss = losses(risk, outputs, exits, costs)
         value, images = float(loss.mean()), len(loss)
         if risk in ("consistency", "error"):
+            # Losses of 0 or 1: exact, where a normal interval of images without a loss would have no width.
             low, high = interval(int(loss.sum()), images)
         else:
+            # 1.96 is the 97.5 % quantile of the normal distribution.
             reach = 1.96 * float(loss.std()) / math.sqrt(images)
             low, high = value - reach, value + reach
         found.append(Measured(risk, epsilon, value, (low, high)))

@@ -133,6 +133,7 @@ def _shares(report: Report) -> Figure | None:
     _label(axes, "budget in multiply-adds per image, in millions", "images %")
     axes.set(xlim=(budgets[0], budgets[-1]), ylim=(0, 100))
     axes.grid(False)
+    # Backwards in the legend: bands are stacked from below, and the first entry of a legend is at the top.
     names = [f"exit {m}" for m in range(1, exits + 1)]
     axes.legend(
         bands[::-1], names[::-1], frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + exits // 12
@@ -177,6 +178,7 @@ def _matrices(report: Report) -> Figure:
 
 def _classes(report: Report) -> Figure:
     found, exits = report.diagnostics, len(report.exits)
+    # A class without images has no accuracy: it is NaN, which sorts as if it were the best.
     present = np.flatnonzero(found.class_images > 0)
     values = 100 * found.class_top1[present]
     order = np.argsort(values[:, -1], kind="stable")
@@ -210,6 +212,7 @@ def _images(report: Report) -> Figure | None:
     row_of = {int(sample): row for row, sample in enumerate(samples.ids)}
     for row, m in enumerate(rows):
         images = _read_images(report, found.uniquely_correct[m])
+        # The last exit itself is right on the images of its row, so these show the exit before it.
         other = exits - 1 if m < exits - 1 else exits - 2
         for column in range(SHOWN):
             axes = panels[row * SHOWN + column]

@@ -233,6 +233,7 @@ class Report:
             points = [self._point(given, one.thresholds, costs, scores, one) for given, one in zip(budgets, fitted)]
         else:
             thresholds = budget.geometric(scores[0])
+            # The public sweep knows no budgets: what a p spends on the calibration images stands for one.
             spent = [budget.outcome(scores[0], correct(calibration), costs, row).cost for row in thresholds]
             if budgets is None:
                 budgets = spent
@@ -290,6 +291,7 @@ class Report:
             "format": REPORT_FORMAT,
             "step": self.step,
             "split": self.split,
+            # By it a comparison knows which images the report is about.
             "data": self.index.fingerprint[:12],
             "images": self.images,
             "unreadable": self.unreadable,
@@ -319,6 +321,7 @@ class Report:
     def outcomes(self) -> NDArray[np.uint8]:
         """[N, M] of all N images of the split by their ids, see :mod:`dist_train.tracking.outcomes`."""
         outcomes = np.full((len(self.index), len(self.exits)), UNCOUNTED, dtype=np.uint8)
+        # Images without a label, and unreadable ones, are no samples, and stay uncounted.
         outcomes[self.samples.ids] = np.where(correct(self.samples), RIGHT, WRONG)
         return outcomes
 
@@ -341,6 +344,7 @@ class Report:
         tested = budget.outcome(scores[1], correct(self.test), costs, thresholds)
         expected: dict[str, Any] = {}
         if promise is not None:
+            # Every image is held out in one fold, so the hits of all folds are out of all images.
             images, reach = len(self.calibration), 1.96 * promise.deviation
             expected = {
                 "expected_cost": promise.cost,

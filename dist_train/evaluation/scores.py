@@ -76,6 +76,7 @@ def _fit_weights(samples: Samples, exit_index: int) -> list[float]:
 
     correct = samples["rank"][:, exit_index] == 0
     if correct.all() or not correct.any():
+        # scikit-learn refuses a single class. FEATURES begin with the largest probability; the constant comes last.
         return [1.0] + [0.0] * len(FEATURES)
     model = LogisticRegression(max_iter=200).fit(features(samples, exit_index).double().numpy(), correct)
     return [*model.coef_[0].tolist(), float(model.intercept_[0])]

@@ -85,6 +85,7 @@ def shifted(
         exits=correct.mean(axis=0).tolist(),
         ece=reliability(samples["max_probability"][:, -1], correct[:, -1]).error,
         top1=float(correct[np.arange(len(exits)), exits].mean()),
+        # A share of the last exit's cost, as the risk of that name is.
         cost=float(counts @ costs) / len(exits) / float(costs[-1]),
         shares=(counts / len(exits)).tolist(),
         risks=measure(targets, scoring, thresholds, samples, costs),

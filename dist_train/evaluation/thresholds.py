@@ -88,6 +88,7 @@ def point_for_budget(path: str | Path, budget: str) -> OperatingPoint:
         # What held-out images promise before what the images of the fit did, which is too good to be true.
         promised = [entry for entry in within if entry[0].get("expected_top1") is not None]
         key = "expected_top1" if promised else "calibration_top1"
+        # Of points that promise the same the cheapest one.
         point, sweep = max(promised or within, key=lambda entry: (entry[0][key], -entry[0]["cost"]))
         promise = {name: value for name, value in point.items() if name != "thresholds"} | {
             "budget": amount,
@@ -144,11 +145,13 @@ def _report(path: str | Path, remedy: str) -> tuple[Path, dict[str, Any]]:
     step = checkpoint.read_meta(found)[0].progress.step
     if not isinstance(report, dict):
         raise CheckpointError(f"{file}: is no report as this version writes it; {remedy}")
+    # Thresholds that were fitted on other weights would promise what these do not keep.
     if report.get("step") != step:
         raise CheckpointError(f"{file}: is of step {report.get('step')}, the checkpoint of step {step}; {remedy}")
     return file, report
 
 
 def _thresholds(point: dict[str, Any], measured: dict[str, Any]) -> Thresholds:
+    # null stands for infinity, which JSON does not have: no image exits there.
     values = [math.inf if value is None else float(value) for value in point["thresholds"]]
     return Thresholds(values, measured["measure"], measured.get("temperatures"), measured.get("weights"))

@@ -143,6 +143,7 @@ def _points(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     last = report["exits"][-1]["multiply_adds_lazy"]
     found: list[Mapping[str, Any]] = []
     for share in BUDGETS:
+        # A budget may miss the share that it equals by rounding.
         within = [point for point in optimal[0]["points"] if point["budget"] <= share * last * (1 + 1e-9)]
         if within and within[-1] not in found:
             found.append(within[-1])

@@ -136,6 +136,7 @@ def _add(
         found.correct[number - 1] += int((got.argmax(1) == labels).sum())
     exits, margins = _exits(policy, logits)
     result = exported.predict(images)
+    # The runner counts exits from 1.
     other = result.exits - 1 != exits
     if found.max_changed is None and (other & (margins > TIE)).any():
         raise ParityError(f"{int(other.sum())} of {len(images)} images take another exit when exported; not exported")

@@ -41,6 +41,7 @@ def content(
     that stops by itself.
     """
     policy, data = point.policy, config.data
+    # The last exit takes every image, so its threshold is null even where the policy has one.
     values = [*policy.values][: len(costs) - 1]
     return {
         "format": FORMAT,
@@ -74,6 +75,7 @@ def write(folder: Path, policy: dict[str, Any]) -> None:
     unsigned = {key: value for key, value in policy.items() if key != "sha256"} | {"files": files}
     # As it will be read, with lists for tuples: the hash has to be that of the file's content.
     policy = json.loads(json.dumps(unsigned, allow_nan=False))
+    # Sorted, as the runner does it too: the hash must not hang on the order of the keys.
     signed = hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()
     write_whole(folder / NAME, json.dumps(policy | {"sha256": signed}, indent=1) + "\n")
 
@@ -121,6 +123,7 @@ def with_defaults(policy: Mapping[str, Any]) -> dict[str, Any]:
 def check_folder(folder: Path) -> None:
     """Raise ConfigError for a folder that holds something else than an export, which would be lost."""
     try:
+        # Escaped: the names come from a file, and one that is * would let all of the folder be replaced.
         ours = {NAME, *map(glob.escape, json.loads((folder / NAME).read_bytes())["files"])}
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()

@@ -53,6 +53,7 @@ def write_programs(staged: StagedNetwork, image_size: int, folder: Path) -> list
         ConfigError: ONNX has no operator for something that the network does.
         OSError: a file cannot be written.
     """
+    # Three images: torch.export would take 0 or 1 for constants.
     given: Sequence[Tensor] = (torch.randn(3, 3, image_size, image_size),)
     names = []
     for number, stage in enumerate(staged.stages, start=1):

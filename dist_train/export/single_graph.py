@@ -62,6 +62,7 @@ def write_single_graph(programs: Sequence[Path], policy: Thresholds, folder: Pat
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET)],
+        # The exporter's: onnx's own default is its newest, which runtimes may not know yet.
         ir_version=stages[0].ir_version,
         producer_name="dist_train",
     )

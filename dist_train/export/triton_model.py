@@ -20,6 +20,7 @@ class ServerEarlyExit(EarlyExit):
     def program(self, file: Path, threads: int) -> Any:
         """A model as a function, from a list of its inputs to a list of its outputs."""
         takes, gives = self.policy["tensors"][file.name]
+        # as_numpy below reads tensors of the CPU alone, wherever a stage would leave its outputs.
         memory = server.PreferredMemory(server.TRITONSERVER_MEMORY_CPU)
 
         def run(given: list[Any]) -> list[Any]:

@@ -84,6 +84,7 @@ def _write(exported: Path, repository: Path) -> None:
     text = _config(NAME, "python", [("images", "TYPE_FP32", [3, size, size])], outputs)
     (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
     (version / "model.py").write_text(_model_text(), encoding="utf-8")
+    # The runner finds its programs by these names, and the server wants each tensor by its own.
     policies.write(version, policy | {"stages": list(tensors), "tensors": tensors})
     (repository / "README.md").write_text(_readme(policy), encoding="utf-8")
 
@@ -97,6 +98,7 @@ def _model_folder(repository: Path, name: str) -> Path:
 def _tensor(value: onnx.ValueInfoProto) -> Tensor:
     kind = value.type.tensor_type
     # -1 is a size that is not fixed.
+    # The batch is left out: with max_batch_size the server puts it in front.
     dims = [one.dim_value or -1 for one in kind.shape.dim][1:]
     if not dims or kind.elem_type not in _TYPES:
         raise ConfigError(
@@ -122,6 +124,7 @@ def _model_text() -> str:
     )
     head, body = of_server.split("from dist_train.export.runner import EarlyExit\n")
     shared = of_runner[of_runner.index("Array = ") : of_runner.index("def main()")]
+    # Programs are models of the server here, and images come prepared, so no ONNX Runtime or Pillow is imported.
     for method in (EarlyExit.program, EarlyExit.load):
         shared = shared.replace(inspect.getsource(method) + "\n", "")
     imports = "import hashlib\nimport json\nimport math\nfrom collections import namedtuple\n"

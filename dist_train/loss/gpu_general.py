@@ -86,6 +86,7 @@ def general_kernel(
             softmaxes = _append(softmaxes, softmax)
         product, mean, rank, total, tempered_total = columns
         is_finite = tl.min(tl.where((lane >= M) | ((total > 0) & (total < INFINITY)), 1, 0)) > 0
+        # Of the label's gradient, of the distillation's, and the mass of the target.
         scales = (factor * grad_scale, weight * grad_scale / samples, target_sum)
         crosses, entropies, confidence = _second_reading(
             (n, labels, scales, softmaxes), logits, targets, exits, grads, M, K, OBJECTIVE, BLOCK_K, THREADS
@@ -221,6 +222,7 @@ def _second_reading(
                     confidence = tl.maximum(confidence, _mix(probs, exits.confidence_weights, M)[0])
             elif m == M - 1:
                 confidence = tl.maximum(confidence, q)
+            # Exit m alone teaches the exit before it.
             if RULE == "next":
                 mixture = q
             elif RULE != "matrix" and is_teacher(RULE, m, M):
@@ -248,6 +250,7 @@ def _load(n, k, logits, K: tl.constexpr):
 def _tempered(z, exits, softmaxes, m: tl.constexpr):
     """Tempered probabilities of exit m at some classes, and their exponents."""
     exps, x = exp2_below(z, softmaxes[0][m], LOG2E * reciprocal(tl.load(exits.temperature + m)))
+    # MASKED, because a probability of 0 times the exponent -inf of a masked class would be NaN.
     return exps * softmaxes[2][m], tl.maximum(x, MASKED)
 
 
@@ -275,6 +278,7 @@ def _label_gradient(
         target = tl.where(k == label, lam, 0.0) + tl.where(k == second, 1 - lam, 0.0)
     if SMOOTHING > 0:
         target = (1 - SMOOTHING) * target + tl.where(z > -INFINITY, SMOOTHING * softmaxes[3][m], 0.0)
+    # The smoothed target sums to (1 - s) * sum(y) + s.
     return ((1 - SMOOTHING) * scales[2] + SMOOTHING) * probs - target
 
 

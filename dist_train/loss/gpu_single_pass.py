@@ -135,6 +135,7 @@ def _exit(
     if is_one_hot(targets.second, OBJECTIVE):
         # The label's part is written over it at the end, which takes less than a comparison of each class with the label.
         exp_label, x_label = exp2_below(label_logit, top, LOG2E)
+        # Exponents are of 2, and a loss is in nats.
         product = tl.maximum(x_label * LN2, MASKED)
         at_label = gradient[1] + exp_label * weight - label_weight
     else:

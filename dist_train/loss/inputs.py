@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The ignore_index of torch's cross-entropy.
 UNLABELED = -100
 
 

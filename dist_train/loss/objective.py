@@ -90,6 +90,7 @@ class ExitDistillation(nn.Module):
         self.config = config
         self.num_exits = num_exits
         self.num_outside = outside
+        # The mean over the exits is in their weights, because the operator adds the exits up.
         weight = config.weight / (num_exits if config.reduction == "mean" else 1)
         matrix, among_exits = (self._teachers(torch.zeros(num_exits), count) for count in (outside, 0))
         initial = _per_exit("temperature", config.temperature, num_exits)
@@ -111,6 +112,7 @@ class ExitDistillation(nn.Module):
         for name, tensor in constants.items():
             # Not persistent: they follow from the configuration, and a checkpoint holds what training has moved.
             self.register_buffer(name, tensor, persistent=False)
+        # A copy: annealing moves it in place, and reset_temperature goes back to where it began.
         self.register_buffer("temperature", initial.clone())
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._last_exit_alone = False
@@ -266,6 +268,7 @@ class ExitDistillation(nn.Module):
     def _scheduled(self) -> Tensor:
         """The initial temperature times the schedule at this step: a level and a sum of ramps, so that nothing is looked up."""
         steps, factors = self.schedule.unbind(1)
+        # T = T_0 * (f[0] + sum over i of clamp((step - s[i]) / (s[i+1] - s[i]), 0, 1) * (f[i+1] - f[i]))
         ramps = ((self.step - steps[:-1]) / steps.diff()).clamp(0, 1)
         return self.initial_temperature * (factors[0] + (ramps * factors.diff()).sum())
 

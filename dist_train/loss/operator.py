@@ -107,6 +107,7 @@ class _ExitLoss(torch.autograd.Function):
     def backward(ctx: Any, loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         (grads,) = ctx.saved_tensors
         if loss is None:
+            # The first one is for the constants.
             return None, *[None] * len(grads)
         factor = loss / grad_scale(grads.dtype, grads.shape[1])
         # The gradient is scaled in place and handed over without a copy, unless another backward pass needs it; under

@@ -61,6 +61,7 @@ def with_outside(matrix: Tensor, outside: int, share: float) -> Tensor:
     own = torch.where(inside > 0, 1 - share, 0.0)
     # An explicit matrix has rows of other sums; the share is one of them.
     weight = (1 - own) * torch.where(inside > 0, inside, 1.0) / outside
+    # Row m: own * W_mt for exit t, and (1 - own) * (the sum of W's row, 1 where it is 0) / O for an outside teacher.
     whole = matrix.new_zeros(exits + outside, exits + outside)
     whole[:exits, :exits] = own * matrix
     whole[:exits, exits:] = weight

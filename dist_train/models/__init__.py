@@ -75,6 +75,7 @@ def _build(config: ModelConfig, num_classes: int, image_size: int) -> MultiExitN
     except ConfigError:
         raise
     except (AssertionError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # What networks raise on images of a wrong size: timm asserts, others fail in a reshape or a matrix product.
         if isinstance(error, RuntimeError) and _is_out_of_memory(error):
             raise
         raise ConfigError(

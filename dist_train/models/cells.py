@@ -21,6 +21,7 @@ class BatchNorm(nn.BatchNorm2d):
         """Features [N, C, H, W], normalised."""
         if self.momentum is None:  # the mean of all batches, which needs their number at once
             return super().forward(features)
+        # As nn.BatchNorm2d has it but for the counter, which matters only where there is no momentum.
         return functional.batch_norm(
             features,
             self.running_mean,

@@ -326,6 +326,7 @@ class _TokenPool(nn.Module):
 
 def _first_tensor(output: Any, name: str = "the network") -> Tensor:
     """The tensor in what a module gives: itself, the first of a tuple, or the logits or hidden state of a named output."""
+    # Outputs of transformers are objects with named fields: of a classifier logits, of a bare model its hidden state.
     for key in ("logits", "last_hidden_state"):
         output = getattr(output, key, output)
     if isinstance(output, tuple | list) and output:

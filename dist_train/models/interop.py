@@ -48,7 +48,9 @@ def msdnet_pytorch_arguments(args: Mapping[str, Any]) -> tuple[int, dict[str, An
         "step": _whole(args, "step"),
         "step_mode": cast(Any, _STEP_MODES[_choice(args, "stepmode", tuple(_STEP_MODES))]),
         "prune": cast(Any, _choice(args, "prune", ("min", "max"))),
+        # 0.5 is the default of their command line.
         "reduction": _share({"reduction": 0.5, **args}, "reduction"),
+        # Their classifier of CIFAR is 128 channels wide, that of ImageNet as wide as what enters it.
         "head_width": None if data == "ImageNet" else 128,
         "stem": 224 if data == "ImageNet" else 32,
         "dialect": "msdnet_pytorch",
@@ -183,6 +185,7 @@ def _multiexit_distillation(network: MSDNet) -> Iterator[tuple[nn.Module, str]]:
     for scale, unit in enumerate(network.stem):
         has_pool = len(cast(ConvNormReLU, unit)) == 4
         yield from _unit(unit, f"blocks.0.0.mods.{scale}" + (".0" if has_pool else ""))
+    # Cells are called by their scale here; msdnet_pytorch counts those that are left.
     for stage, scale, _, cell in _cells(network):
         if not isinstance(cell, DenseCell):
             yield from _unit(cell, f"{stage}.conv.{scale}")

@@ -252,9 +252,11 @@ def _plan_stages(layers: int, widths: _Widths, width: int, prune: Prune, reducti
     """All layers 1..N and transitions in their order."""
     scales = widths.scales
     if prune == "max":
+        # The paper's network reduction: N layers in S blocks, of which block i has the scales from i on.
         finest = [0] + [(layer - 1) // math.ceil(layers / scales) for layer in range(1, layers + 1)]
         transitions = {layer for layer in range(1, layers + 1) if finest[layer] > finest[layer - 1]}
     else:
+        # N - l + 1 layers are left from layer l on, and scale s (from 0) takes S - s of them to get to an exit.
         finest = [0] + [
             max(0, scales - (layers - layer + 1)) if prune == "min" else 0 for layer in range(1, layers + 1)
         ]
@@ -345,6 +347,7 @@ def _run_recomputed(block: nn.ModuleList, features: Features) -> Features:
             _run_block,
             block,
             features,
+            # The reentrant form refuses torch.autograd.grad, by which pcgrad takes the gradient of every exit.
             use_reentrant=False,
             context_fn=lambda: (contextlib.nullcontext(), _StatisticsUntouched(norms)),
         ),

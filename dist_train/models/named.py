@@ -86,6 +86,7 @@ def describe_timm(name: str) -> TimmNetwork:
     Raises:
         ConfigError: timm is not installed, does not know the name, or does not say where the network's stages end.
     """
+    # With ImageNet's 1,000 classes, whatever the data have: only names of modules and facts about weights are read.
     network = build_named(f"timm/{name}", 1000, 224, {})
     stages = [stage["module"] for stage in getattr(network, "feature_info", [])]
     if len(stages) <= EXITS:

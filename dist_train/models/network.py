@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards each module's own mode."""
+    # Module by module, because train() would wake those that a regime keeps frozen in evaluation mode.
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:

@@ -60,6 +60,7 @@ def geometric(scores: Scores, sweep: Iterable[int] = GEOMETRIC_SWEEP) -> Scores:
     order = [np.argsort(-scores[:, k], kind="stable") for k in range(exits)]
     rows = []
     for p in sweep:
+        # q_k ~ (p / 20)^k in float32, in the order of the public code: other rounding can change a floor below.
         weights = torch.exp(torch.log(torch.tensor([p / 20])) * torch.arange(1, exits + 1, dtype=torch.float32))
         wanted = [math.floor(images * share) for share in weights / weights.sum()]
         thresholds = np.full(exits, NEVER, dtype=np.float32)

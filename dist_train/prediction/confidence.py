@@ -40,6 +40,7 @@ def confidence(logits: torch.Tensor, measure: Measure = "max_probability") -> to
     probabilities = log_probabilities.exp()
     # xlogy, because 0 log 0 is 0, and not NaN.
     negative_entropy = torch.special.xlogy(probabilities, probabilities).sum(dim=1)
+    # 1 - H(p) / log K, where -H(p) = sum of p log p. It is 1 where one class has all, and 0 where all have the same.
     return torch.add(negative_entropy / math.log(classes), 1)
 
 

@@ -159,6 +159,7 @@ def losses(risk: Risk, outputs: Outputs, exits: Integers, costs: Floats) -> Floa
 def p_value(risk: Risk, loss: Floats, epsilon: float, delta: float) -> float:
     """Probability of such losses [N], at most, where the risk is above ``epsilon``; ``delta`` only tunes the bets."""
     if risk in ("consistency", "error"):
+        # P(Bin(n, epsilon) <= k) of k losses: how probable so few are where the risk is epsilon.
         return float(binom.cdf(loss.sum(), len(loss), epsilon))
     # The bets are for values in [0, 1], the gap is in [-1, 1].
     return _betting((loss + 1) / 2, (epsilon + 1) / 2, delta) if risk == "gap" else _betting(loss, epsilon, delta)
@@ -179,6 +180,7 @@ def _betting(values: Floats, mean: float, delta: float) -> float:
     before = np.concatenate([[0.25], variances[:-1]])
     # Waudby-Smith and Ramdas' bet for n values of this variance, cut off so that even a value of 1 leaves some wealth.
     bets = np.minimum(np.sqrt(2 * math.log(1 / delta) / (len(values) * before)), LARGEST_BET / (1 - mean))
+    # ln K_t = sum over i up to t of ln(1 + bet_i * (mean - value_i)); the product itself could overflow.
     wealth = np.cumsum(np.log1p(bets * (mean - values)))
     return math.exp(-max(0.0, float(wealth.max(initial=0.0))))
 

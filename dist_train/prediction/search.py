@@ -64,6 +64,7 @@ class Search:
 
     def path(self, multipliers: int = MULTIPLIERS) -> list[Candidate]:
         """Best thresholds per multiplier, sweeping the price down from 'all at the first exit' and up from 'all at the last'."""
+        # A network with a single exit has no range of costs.
         span = float(self.costs[-1] - self.costs[0]) or 1.0
         # Price of cost: hits that moving one image from the first to the last exit must gain, 30 (never) to 0.003.
         prices = np.geomspace(30, 0.003, multipliers) / span

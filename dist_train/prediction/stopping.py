@@ -183,6 +183,7 @@ def predict(network: MultiExitNetwork, images: Tensor, policy: Policy) -> Predic
         confident = torch.ones_like(waiting, dtype=torch.bool)
         if number < last:
             confident = policy.should_exit(number, logits, predicted)
+        # Not before: under autocast their dtype is known from the first logits only.
         if logits_out is None:
             logits_out = logits.new_empty(count, logits.shape[1])
         rows = confident.nonzero()[:, 0]

@@ -60,6 +60,7 @@ class OtherWork:
     def share(self) -> float:
         """Of the machine's processor time since then, 0 to 1."""
         busy, own, wall = (now - before for now, before in zip(self._now(), self._start))
+        # busy and own are seconds summed over all cores, wall is not.
         return min(1.0, max(0.0, busy - own) / (max(wall, 1e-9) * (psutil.cpu_count() or 1)))
 
     def _now(self) -> tuple[float, float, float]:
@@ -102,6 +103,7 @@ def fastest(network: MultiExitNetwork, images: Tensor, precisions: Sequence[str]
             taken = _times(network, images, precision)
             if number:
                 times.append(taken)
+    # By the time to the last exit, of which the times to the others are parts.
     precision = min(passes, key=lambda one: statistics.median(taken[-1] for taken in passes[one]))
     quartiles = [statistics.quantiles(exit_times, n=4) for exit_times in zip(*passes[precision])]
     return Timing(
@@ -123,6 +125,7 @@ def exit_within(timing: Timing, deadline_ms: float) -> int:
     """
     if not deadline_ms > 0:
         raise ConfigError(f"the deadline is {deadline_ms} ms; it must be above 0")
+    # Times are per image, but an image waits for all of its batch.
     times = [timing.batch * (middle + spread) for middle, spread in zip(timing.milliseconds, timing.spread)]
     within = [number for number, time_ in enumerate(times, start=1) if time_ <= deadline_ms]
     if not within:

@@ -51,6 +51,7 @@ class Table:
     def markdown(self) -> str:
         """A Markdown table under its title."""
         ruler = [*["---"] * self.names, *["--:"] * (len(self.header) - self.names)]
+        # A bare bar would end the cell.
         header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in (self.header, *self.rows))
         lines = [header, ruler, *rows]
         words = f"\n\n{self.words}" if self.words else ""

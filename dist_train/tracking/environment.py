@@ -108,6 +108,7 @@ def _user() -> str:
 
 def _commit() -> str | None:
     try:
+        # Of the current folder: the commit of the user's code, not of this package.
         result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None

@@ -99,6 +99,7 @@ def _curves(run: Watched) -> bytes:
     moments, validations = _spread(run.moments), _spread(run.validations)
 
     def single(axes: Any, title: str, value: Callable[[Moment], float]) -> None:
+        # Without markers: hundreds of them would hide the line.
         axes.plot([one.batch for one in moments], [value(one) for one in moments], **line_style(0) | {"marker": ""})
         axes.set_title(title, fontsize=10)
 
@@ -117,6 +118,7 @@ def _curves(run: Watched) -> bytes:
     for axes in panels[4:]:
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
+    # Of the panels by exit the one with lines: before the first validation the other has none.
     legend_below(
         figure, *max((axes.get_legend_handles_labels() for axes in panels[2:4]), key=lambda pair: len(pair[0]))
     )

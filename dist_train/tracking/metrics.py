@@ -35,6 +35,7 @@ class MetricsFile:
                 return False
             return not evaluates or entry["batch"] < batch or "val/mean_top1" not in entry["metrics"]
 
+        # A kill can cut a line within a character; what is left of the line is no JSON, and goes.
         lines = self.path.read_text(errors="replace").splitlines()
         kept = [line for line in lines if is_kept(parse_line(line))]
         if len(kept) < len(lines):

@@ -67,6 +67,7 @@ def sync(folder: Path) -> Synced:
         raise TrackingError(f"{folder}: is not a run folder (no config.yaml); give one, such as runs/NAME")
     config = load_config(folder / "config.yaml")
     state = SyncState(folder)
+    # Where the run was sent before: MLFLOW_TRACKING_URI may name another store by now.
     uri = state.read().get("uri") or tracking_uri(config)
     if uri is None:
         raise TrackingError(f"{folder}: was trained with tracking.uri off, so MLflow has no run for it")
@@ -130,6 +131,7 @@ class SyncState:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         with self._lock:
+            # The folder is locked: an update renames a new file over the old one, and its lock goes with it.
             folder = os.open(self._path.parent, os.O_RDONLY)
             try:
                 # Where the file system has no locks, threads at least are kept apart.

@@ -19,6 +19,7 @@ from dist_train.errors import DataError, TrackingError
 PARENT = "DIST_TRAIN_MLFLOW_PARENT"
 """Variable with the id of an MLflow run; a run that is started with it becomes that run's child (the members of a sweep)."""
 
+# MLflow refuses more in one request.
 METRICS_PER_REQUEST = 1000
 
 
@@ -58,6 +59,7 @@ def connect(uri: str, experiment: str) -> tuple[Any, str]:
     with _first_use(uri):
         client = _client(uri)
         found = client.get_experiment_by_name(experiment)
+        # It keeps its name: MLflow would neither take a run for it, nor create another experiment of this name.
         if found and found.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"the experiment '{experiment}' is deleted; restore it (mlflow experiments restore -x {found.experiment_id}), or "
@@ -66,6 +68,7 @@ def connect(uri: str, experiment: str) -> tuple[Any, str]:
         if found:
             return client, str(found.experiment_id)
         store = Path(uri.removeprefix("sqlite:///")).resolve()
+        # Beside the store, because MLflow's default is mlruns in whatever folder the command runs in.
         artifacts = (store.parent / "mlflow-artifacts").as_uri() if uri.startswith("sqlite") else None
         # Without the tag MLflow's pages take it for one of language models, and show the runs as "evaluations".
         kind = {"mlflow.experimentKind": "custom_model_development"}
@@ -202,6 +205,7 @@ def watch_machine(uri: str, run_id: str) -> Any:
         return None
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+    # resume_logging: steps go on from those of an earlier start, and do not begin at 0 again.
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
     monitor.start()
     return monitor
@@ -209,6 +213,7 @@ def watch_machine(uri: str, run_id: str) -> Any:
 
 def is_watching(monitor: Any) -> bool:
     """Whether the thread of :func:`watch_machine` still runs."""
+    # MLflow's own; under another name in another version it counts as alive, not as dead at every look.
     thread = getattr(monitor, "_process", None)
     return thread is None or bool(thread.is_alive())
 
@@ -327,6 +332,7 @@ def _first_use(uri: str) -> Iterator[None]:
         return
     path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Closing the file lets go of the lock, as does the end of the process, however it ends.
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -127,6 +127,7 @@ class Display:
             # Log lines must be printed above the line, not through it.  It replaces sys.stdout, so the handler is
             # identified by its type, not by its stream.
             self._plain = next(handler for handler in log.handlers if type(handler) is logging.StreamHandler)
+            # Transient: the line goes at the end. log/rank0.txt has every line of metrics.
             self._live = Live(self, transient=True)
             self._live.start()
             console = self._live.console

@@ -33,6 +33,7 @@ class Tracker:
         self._warned = False
         self._imported = threading.Event()
         self._stop = threading.Event()
+        # A daemon: where a server hangs, the process ends without it.
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         if self.uri is None:
             return

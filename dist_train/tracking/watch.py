@@ -144,6 +144,7 @@ class Watched:
         if self.config is None or not self.training.get("train/epoch"):
             return None
         train = self.config.train
+        # The steps of an epoch are not written down, but a line has its batch and its epoch.
         batches = round(train.epochs * self._of_training / self.training["train/epoch"])
         # A skipped step does not count towards max_steps.
         return min(batches, train.max_steps + self.skipped) if train.max_steps else batches

@@ -136,6 +136,7 @@ class Meter:
 
 def exit_metrics(stats: ExitStats, prefix: str) -> dict[str, float]:
     """Cross-entropy and accuracy of every exit, exits counted from 1, as fractions of the labeled samples."""
+    # Without any labeled sample the means are 0, and not 0 / 0.
     labeled = stats.labeled.clamp(min=1)
     rows = {"loss": stats.label_loss / labeled, "top1": stats.top1 / labeled, "top5": stats.top5 / labeled}
     return {

@@ -59,6 +59,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_st
     if config.schedule == "multistep":
         return config.lr * config.gamma ** sum(step >= milestone * total_steps for milestone in config.milestones)
     if config.schedule == "cosine":
+        # Half a cosine, from lr down to final_lr * lr.
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
     return config.lr

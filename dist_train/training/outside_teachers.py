@@ -67,11 +67,13 @@ class OutsideTeachers:
         if not self._networks:
             return ()
         with self._autocast():
+            # The operator takes one dtype for all, and under autocast networks end in different ones.
             return tuple(_last(network(images)).to(dtype) for network in self._networks)
 
 
 def share_averages(network: nn.Module, averages: Mapping[str, Tensor]) -> nn.Module:
     """Let a network have the very tensors of the moving average, by name, so that it is always up to date."""
+    # With duplicates: the averages have every name of the state dict, also both of a weight that two layers share.
     own = dict([*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)])
     for name, tensor in averages.items():
         own[name].data = tensor
@@ -121,6 +123,7 @@ def teacher_bytes(config: Config, classes: Sequence[str]) -> int:
         UserError: as :func:`check_teachers` and :func:`try_teachers`.
     """
     runs = _runs(config.loss.outside_teachers)
+    # A safetensors file is its tensors behind a small header.
     total = sum(run.weights().stat().st_size for run in runs)
     for name in config.loss.outside_teachers:
         if name not in {AVERAGED, *(run.name for run in runs)}:
@@ -184,6 +187,7 @@ def _build(name: str, image_size: int, classes: int) -> nn.Module:
     try:
         network = network_of_library(name, classes, image_size).eval()
         with torch.no_grad():
+            # One image suffices: in evaluation mode batch norms take their running statistics.
             given = _last(network(torch.zeros(1, 3, image_size, image_size)))
     except ConfigError as error:
         raise ConfigError(f"loss.outside_teachers: {error}") from None

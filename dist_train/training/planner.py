@@ -212,6 +212,7 @@ def _lead_time(config: Config) -> str | None:
     newest = config.folder / "checkpoints" / checkpoint.step_name(step)
     # The times of its files tell how long the last save took.
     written = [path.stat().st_mtime for path in newest.iterdir()]
+    # By the slowest line: the signal can come just as such a step begins.
     seconds = config.train.global_batch / min(speeds)
     save = max(written) - min(written)
     if seconds + save <= config.slurm.signal_seconds:

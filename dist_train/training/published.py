@@ -12,6 +12,7 @@ from dist_train.config import Config, FunctionConfig, LibraryConfig
 from dist_train.config_file import load_config
 from dist_train.errors import CheckpointError
 
+# Of transformers only its own classes: OWNER/MODEL would be fetched from another repository.
 _LIBRARY_NAME = re.compile(r"(?:timm|torchvision)/[\w.]+|transformers/\w+", re.ASCII)
 
 
@@ -61,6 +62,7 @@ def _reaches_out(config: Config) -> str:
     places = [str(data.shards), data.val]
     for part, split in data.training_splits:
         places += [str(part.shards), split]
+    # Path("..").name is "..", so a comparison with the name alone would let it through.
     if chosen := [place for place in places if Path(place).name != place or place == ".."]:
         return f"its data lie at {chosen[0]}, which is more than a name"
     return f"its data.cache is {data.cache}, a folder that it chooses" if data.cache is not None else ""
@@ -69,4 +71,5 @@ def _reaches_out(config: Config) -> str:
 def _is_number(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_number, value))
+    # True and False are numbers to Python, and as harmless.
     return value is None or isinstance(value, int | float)

@@ -52,4 +52,5 @@ def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
             "gauss": of_numpy,
         }
     )
+    # 3 is the version of Python's own form of a generator's state.
     random.setstate((3, tuple(state["python"].tolist()), of_python if has_python else None))

@@ -138,6 +138,7 @@ class RunFolder:
         split, data = self._config.data.val, self._ready.val.fingerprint
         text = report_json(validation, self._ready.costs, progress.step, split, data)
         if self._is_writer:
+            # Where the disk is full, it is written before a checkpoint that says that the run is finished.
             self._pending.append(lambda: write_whole(self.path / "report.json", text))
             self._try(self.flush)
 

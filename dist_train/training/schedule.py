@@ -30,6 +30,7 @@ class Schedule:
     def learning_rate(self, progress: Progress) -> float:
         """Learning rate of the next update."""
         first = self.first_batches
+        # Each stage has a warm-up and a schedule of its own.
         length = first if progress.batch < first else self.total_batches - first
         return learning_rate(self.config.optim, progress.step - progress.stage_start, self.steps_per_epoch, length)
 
