@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
 
     ranks = Ranks.from_env()
     if ranks.device.type == "cpu":
-        torch.set_num_threads(ranks.threads)
+        ranks.compute_on_cores()
     results = []
     for name in known.networks:
         results.append(_measure(name, ranks.device, known.steps, known.batch, known.peer))

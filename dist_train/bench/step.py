@@ -73,7 +73,7 @@ def measure(folder: Path, steps: int, micro_batch: int, overrides: list[str]) ->
     """One rank of the measurement; rank 0 writes ``result.json`` into the folder."""
     ranks = Ranks.from_env()
     if ranks.device.type == "cpu":
-        torch.set_num_threads(ranks.threads)
+        ranks.compute_on_cores()
     config_file = folder / "bench.yaml"
     fields = {
         "name": "bench",

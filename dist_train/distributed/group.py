@@ -78,6 +78,12 @@ class Ranks:
         """Cores for this process: its fair share of those that it may use, at most what SLURM gave each task."""
         return max(1, min(len(self._share()), _number(os.environ, "SLURM_CPUS_PER_TASK", 1 << 20)))
 
+    def compute_on_cores(self) -> None:
+        """Have PyTorch compute on the cores of this process; ``OMP_NUM_THREADS``, where it is set, has decided already."""
+        # On a machine that others use as well, threads of one operation that wait for each other take many times as long.
+        if not os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(self.threads)
+
     def pin(self) -> None:
         """Keep this process to its share of the cores, so that the processes of a machine do not take turns on them."""
         share = self._share()

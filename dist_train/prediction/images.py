@@ -101,7 +101,7 @@ class Predictor:
         state, config = checkpoint.read_meta(path)
         ranks = Ranks.from_env()
         if ranks.device.type == "cpu":
-            torch.set_num_threads(ranks.threads)
+            ranks.compute_on_cores()
         network = checkpoint.load_model(path).to(ranks.device)
         self.num_exits = network.num_exits
         self.policy = policy or at_exit(self.num_exits, self.num_exits)

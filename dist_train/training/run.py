@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from dist_train.config import Config
 from dist_train.distributed.group import Group, Ranks
 from dist_train.distributed.lock import RunLock
@@ -30,7 +28,7 @@ def train(config: Config) -> Run:
     ranks = Ranks.from_env()
     if ranks.device.type == "cpu":
         ranks.pin()
-    torch.set_num_threads(ranks.threads)
+    ranks.compute_on_cores()
     watchdog = Watchdog(config.faults, config.folder, ranks.rank, ranks.world_size)
     seed_random(config.seed)  # the same on all ranks, which build the same network
     ready = preflight(config, ranks)

@@ -79,6 +79,18 @@ def peers(address):
     return found
 
 
+def test_pytorch_computes_on_the_cores_of_a_process_unless_omp_num_threads_says_otherwise(monkeypatch):
+    ranks, before = Ranks(0, 1, 0, 1), torch.get_num_threads()
+    try:
+        for variable, expected in (("7", 5), ("", ranks.threads)):
+            torch.set_num_threads(5)
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+            ranks.compute_on_cores()
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_control_group_takes_the_interface_that_leads_to_the_master(ranks, monkeypatch):
     # A group of this process, of an earlier test, has chosen one.
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
