@@ -7,12 +7,12 @@ Safe", NeurIPS 2024).  All that pass keep to the risk, with probability at least
 
 The p-value of ``consistency`` and ``error``, which are shares of images, is the binomial tail P(Bin(n, epsilon) <= k), exact
 where Hoeffding-Bentkus bounds it (Bates et al., "Distribution-free, risk-controlling prediction sets", JACM 2021,
-section 3.1).  Of ``gap``, a difference in [-1, 1], and of ``cost``, a share of the last exit's, it is one over the largest
-wealth of a bet against the null hypothesis on losses scaled to [0, 1] (Waudby-Smith & Ramdas, "Estimating means of bounded
-random variables by betting", JRSS B 2023, section 4), which profits from a small variance.  Both hold for any number of
-images that are drawn independently; as many of every class, as calibration images are, scatter less than that (for the
-binomial tail: Hoeffding, Annals of Mathematical Statistics 1956, theorem 4), and the risk is then that of equally frequent
-classes.
+section 3.1).  Of ``gap``, a difference of two shares of the same images, it is that of an exact test for pairs
+(:mod:`dist_train.prediction.paired`).  Of ``cost``, a share of the last exit's, it is one over the largest wealth of a bet
+against the null hypothesis (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting", JRSS B 2023,
+section 4), which profits from a small variance.  All hold for any number of images that are drawn independently; as many of
+every class, as calibration images are, scatter less than that (for the binomial tail: Hoeffding, Annals of Mathematical
+Statistics 1956, theorem 4), and the risk is then that of equally frequent classes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from scipy.stats import binom
 
 from dist_train.errors import ConfigError, DataError
 from dist_train.prediction.confidence import exits_taken
+from dist_train.prediction.paired import paired_p_value
 from dist_train.prediction.search import Flags, Floats, Scores, Search
 
 Risk = Literal["gap", "consistency", "error", "cost"]
@@ -157,12 +158,13 @@ def losses(risk: Risk, outputs: Outputs, exits: Integers, costs: Floats) -> Floa
 
 
 def p_value(risk: Risk, loss: Floats, epsilon: float, delta: float) -> float:
-    """Probability of such losses [N], at most, where the risk is above ``epsilon``; ``delta`` only tunes the bets."""
+    """Probability of such losses [N], at most, where the risk is above ``epsilon``; ``delta`` only tunes the tests."""
     if risk in ("consistency", "error"):
         # P(Bin(n, epsilon) <= k) of k losses: how probable so few are where the risk is epsilon.
         return float(binom.cdf(loss.sum(), len(loss), epsilon))
-    # The bets are for values in [0, 1], the gap is in [-1, 1].
-    return _betting((loss + 1) / 2, (epsilon + 1) / 2, delta) if risk == "gap" else _betting(loss, epsilon, delta)
+    if risk == "gap":
+        return paired_p_value(int((loss > 0).sum()), int((loss < 0).sum()), len(loss), epsilon, delta)
+    return _betting(loss, epsilon, delta)
 
 
 def _betting(values: Floats, mean: float, delta: float) -> float:
@@ -191,6 +193,9 @@ def images_needed(risk: Risk, loss: Floats, epsilon: float, delta: float) -> int
     def enough(count: int) -> bool:
         if risk in ("consistency", "error"):  # by their rate: a rounding of few losses would decide
             return float(binom.cdf(math.floor(loss.mean() * count), count, epsilon)) <= delta
+        if risk == "gap":
+            worse, better = math.ceil((loss > 0).mean() * count), math.floor((loss < 0).mean() * count)
+            return paired_p_value(worse, better, count, epsilon, delta) <= delta
         # np.resize repeats the losses up to this number.
         return p_value(risk, np.resize(loss, count), epsilon, delta) <= delta
 
