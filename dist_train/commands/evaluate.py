@@ -48,6 +48,7 @@ def run(arguments: list[str]) -> int:
         clamp=known.clamp,
         request=request,
         shift=known.shift,
+        precision=known.precision,
     )
     shown = report.budgeted(budgets, clamp=known.clamp) if budgets else None
     # Started by torchrun, all ranks have the same report.
@@ -115,6 +116,11 @@ def _parser() -> Parser:
         help="of confidence, for the guarantee (default: max_probability)",
     )
     parser.add_argument("--shift", action="store_true", help="also under corruptions, and which guarantees break there")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        help="compute at this precision, for which thresholds and guarantees then hold (default: that of the training)",
+    )
     times = parser.add_mutually_exclusive_group()
     times.add_argument("--milliseconds", action="store_true", help="also budgets in measured time, an image at a time")
     times.add_argument(

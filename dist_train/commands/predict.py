@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_train.arguments import Parser
 from dist_train.commands.policy import add_policy_options, chosen_point
 from dist_train.errors import DataError
+from dist_train.evaluation.thresholds import OperatingPoint
 from dist_train.files import write_whole
 from dist_train.precision import AUTOCAST
 from dist_train.prediction.images import FilePrediction, Predictor, Saving, find_images
@@ -24,15 +25,18 @@ def run(arguments: list[str]) -> int:
     known = _parser().parse_args(arguments)
     policy: Policy | None = None
     reference = None
+    precision = known.precision
     if point := chosen_point(known):
         policy, reference = point.policy, point.reference
+        if known.risk is not None:
+            precision = _guaranteed(point, known.risk, known.precision)
     elif known.patience is not None:
         policy = Patience(known.patience)
     files = find_images(known.images)
     output = Path(known.output) if known.output else None
     if output and (output.is_dir() or not os.access(output.parent, os.W_OK)):  # said before the work, not after it
         raise DataError(f"{output}: cannot be written, it is a folder or in none; give another --output")
-    predictor = Predictor(known.run, policy, known.batch, reference, known.precision, known.deadline, len(files))
+    predictor = Predictor(known.run, policy, known.batch, reference, precision, known.deadline, len(files))
     if known.exit is not None:
         # Only now: the number of exits is that of the network, which the predictor has loaded.
         predictor.policy = at_exit(known.exit, predictor.num_exits)
@@ -53,6 +57,14 @@ def run(arguments: list[str]) -> int:
         _write_csv(output, done)
     print(_summary(predictor.saving(), len(done), len(predictor.unreadable)))
     return 0
+
+
+def _guaranteed(point: OperatingPoint, risk: str, wanted: str | None) -> str:
+    """The precision to compute in: the guarantee is of the network in the one in which it was evaluated."""
+    evaluated: str = point.promise["precision"]
+    if wanted not in (None, evaluated):
+        print(f"warning: {risk} is guaranteed in {evaluated}, not in {wanted}", file=sys.stderr)
+    return wanted or evaluated
 
 
 def _warn(monitor: ShareMonitor | None) -> bool:
@@ -82,7 +94,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--precision",
         choices=("fp32", *AUTOCAST),
-        help="compute at this precision (default: of fp32 and that of the training the one that is faster here)",
+        help="compute at this precision (default: with --risk that of the guarantee, else of fp32 and that of the training the one "
+        "that is faster here)",
     )
     parser.add_argument("--output", metavar="CSV", help="write one line per image there instead of printing it")
     return parser

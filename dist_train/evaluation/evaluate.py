@@ -26,7 +26,7 @@ from dist_train.evaluation.shift import Shifted, shifted
 from dist_train.evaluation.split import Ids, Images, balanced, check_disjoint, copies, without_copies
 from dist_train.models import MultiExitNetwork
 from dist_train.models.cost import cost_columns
-from dist_train.precision import autocast
+from dist_train.precision import AUTOCAST, autocast
 from dist_train.prediction.budget import check_budgets
 from dist_train.prediction.risk import check_targets
 from dist_train.prediction.stopping import for_inference
@@ -63,6 +63,7 @@ def evaluate(
     clamp: bool = False,
     request: Request | None = None,
     shift: bool = False,
+    precision: str | None = None,
 ) -> Report:
     """Evaluate a run (its best checkpoint), a checkpoint or a folder of weights on all ranks of the environment.
 
@@ -78,17 +79,21 @@ def evaluate(
         budgets: what :meth:`Report.budgeted` will be asked for: where it would refuse, that is before any image is read.
         clamp: as it will be given there.
         request, shift: risks to guarantee, on the calibration images; whether to measure the split under corruptions as well.
+        precision: of the arithmetic, fp32, bf16 or fp16 (default: that of the training); thresholds and guarantees hold for it.
 
     Returns: the same report on every rank.
 
     Raises:
-        UserError: no such checkpoint or split, a budget out of range, shards of other classes, a calibration split that is the
+        UserError: no such checkpoint, split or precision, a budget out of range, shards of other classes, a calibration split that is the
             training split or shares images with the split, a guarantee that cannot be, or a network that gives no numbers.
     """
     path, folder = checkpoint.find(path), checkpoint.run_folder(checkpoint.find(path))
     meta, trained = checkpoint.read_meta(path)
     data = DataConfig.model_validate(trained.data.model_dump() | ({"shards": shards} if shards else {}))
-    config = trained.model_copy(update={"data": data})
+    if precision not in (None, "fp32", *AUTOCAST):
+        raise ConfigError(f"--precision is {precision!r}; use fp32, bf16 or fp16")
+    train = trained.train.model_copy(update={"precision": precision or trained.train.precision})
+    config = trained.model_copy(update={"data": data, "train": train})
     split = split or data.val
     index = _open(data, split, meta.classes, path)
     fitting = _choose_calibration(data, trained.data, split, index, calibration, meta.classes, path)
@@ -108,6 +113,7 @@ def evaluate(
     report = Report(
         folder=folder, checkpoint=path, step=meta.progress.step, split=split, index=index, costs=costs, samples=samples,
         test=test, calibration=fitted if len(fitted) else None, calibration_name=fitting.name, notes=fitting.notes, timing=timing,
+        precision=config.train.precision,
     )  # fmt: skip
     if request:
         report = replace(report, guarantee=guarantee(request, fitted, test, costs, meta.classes, fitting.name))

@@ -100,7 +100,7 @@ def tables(report: Report) -> dict[str, str]:
 def summary(report: Report, shown: Sequence[BudgetPoint] | None = None) -> str:
     """For a terminal: every exit, some budgets (by default those nearest to the exits' costs), and what to know."""
     lines = [
-        f"{report.checkpoint}, step {report.step}, on {report.split}",
+        f"{report.checkpoint}, step {report.step}, on {report.split}, in {report.precision}",
         f"{'exit':>4}  {'multiply-adds':>13}  {'top-1 %':>7}  {'95 %':>15}  {'top-5 %':>7}  {'loss':>6}  {'ECE %':>5}  "
         f"{'with all before: top-1 %':>24}",
     ]

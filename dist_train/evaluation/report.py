@@ -2,8 +2,8 @@
 
 ``report.json``, format 2 (accuracies as shares of 1, costs per image)::
 
-    format, step, split, data, images, unreadable    which checkpoint on what (data: the start of the split's fingerprint);
-                every image was counted once
+    format, step, split, data, images, unreadable, precision    which checkpoint on what (data: the start of the split's
+                fingerprint), computed in which precision; every image was counted once
     exits       per exit: exit (from 1), multiply_adds, multiply_adds_public, multiply_adds_lazy, parameters, [milliseconds],
                 top1, top5, loss, ece, top1_interval, top5_interval, loss_interval, ece_interval
     ensemble    per exit, of the mean probabilities of it and all before it: exit, top1, top5, loss, ece, intervals
@@ -123,6 +123,7 @@ class Report:
     calibration: Samples | None = field(repr=False)
     calibration_name: str
     notes: list[str]
+    precision: str
     guarantee: Guarantee | None = field(default=None, repr=False)
     shift: list[Shifted] = field(default_factory=list, repr=False)
     timing: Timing | None = field(default=None, repr=False)
@@ -295,6 +296,7 @@ class Report:
             "data": self.index.fingerprint[:12],
             "images": self.images,
             "unreadable": self.unreadable,
+            "precision": self.precision,
             "exits": numbered,
             "ensemble": [{"exit": m, **asdict(one)} for m, one in enumerate(self.ensemble, start=1)],
             "temperatures": None if self.calibration is None else temperatures_at(self._temperatures),

@@ -93,6 +93,7 @@ def point_for_budget(path: str | Path, budget: str) -> OperatingPoint:
         promise = {name: value for name, value in point.items() if name != "thresholds"} | {
             "budget": amount,
             "unit": cost,
+            "precision": report["precision"],
         }
         reference = Reference(point.get("shares", []), sweep.get("images", 0))
         return OperatingPoint(_thresholds(point, sweep), reference, promise)
@@ -120,6 +121,7 @@ def point_for_risk(path: str | Path, risk: str) -> OperatingPoint:
         if found["thresholds"] is None:
             raise CheckpointError(f"{file}: {found['reason']}")
         promise = {name: value for name, value in found.items() if name not in ("thresholds", "weights", "shares")}
+        promise["precision"] = report["precision"]
         return OperatingPoint(_thresholds(found, found), Reference(found["shares"], found["tested_images"]), promise)
 
 
@@ -142,12 +144,15 @@ def _report(path: str | Path, remedy: str) -> tuple[Path, dict[str, Any]]:
         report: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         raise CheckpointError(f"{file}: there is no report to take the thresholds from; {remedy}") from None
-    step = checkpoint.read_meta(found)[0].progress.step
+    meta, config = checkpoint.read_meta(found)
+    step = meta.progress.step
     if not isinstance(report, dict):
         raise CheckpointError(f"{file}: is no report as this version writes it; {remedy}")
     # Thresholds that were fitted on other weights would promise what these do not keep.
     if report.get("step") != step:
         raise CheckpointError(f"{file}: is of step {report.get('step')}, the checkpoint of step {step}; {remedy}")
+    # Reports of earlier versions do not say it: they were of the precision of the training.
+    report.setdefault("precision", config.train.precision)
     return file, report
 
 

@@ -44,6 +44,7 @@ def card_text(
         report: content of report.json of the same step; None where there is none.
         exported: content of the export's policy.json; None where there is none.
     """
+    evaluated = (report or {}).get("precision", config.train.precision)
     tags = ["image-classification", "early-exit", "multi-exit", "anytime-prediction", "knowledge-distillation"]
     matter = {"library_name": "dist_train", "pipeline_tag": "image-classification", "tags": tags}
     parts = [
@@ -52,7 +53,7 @@ def card_text(
         f"An image classifier with several exits ({config.model.name}, step {meta.progress.step}): an image that an early exit is "
         "confident of stops there, and skips the rest of the computation.",
         _use(address, report),
-        *(_export(address, exported["runtime"], exported["precision"], config.train.precision) if exported else ()),
+        *(_export(address, exported["runtime"], exported["precision"], evaluated) if exported else ()),
         "## Accuracy",
         *(_accuracy(report) if report else ("It has not been evaluated.",)),
         _data(config, meta, report),

@@ -35,8 +35,8 @@ def content(
 
     ``thresholds`` has one number per exit (null: no image leaves there; the last is not used), which ``measure`` of the logits,
     divided by ``temperatures`` where there are any, must reach. ``promise`` is what report.json says of these thresholds:
-    budget and expected accuracy, or the guarantee, of the network as it was evaluated: in the ``precision`` of its training,
-    whatever that of the programs.  ``shares`` are the intervals that the shares of images per exit stay in while the images
+    budget and expected accuracy, or the guarantee, of the network in the ``precision`` in which it was evaluated, whatever
+    that of the programs.  ``shares`` are the intervals that the shares of images per exit stay in while the images
     are of the same kind.  ``programs`` has ``runtime``, ``precision``, and ``stages``, the programs in order, or ``graph``, the one
     that stops by itself.
     """
@@ -52,7 +52,7 @@ def content(
         "thresholds": [_number(value) for value in values] + [None],
         "temperatures": policy.temperatures,
         "weights": policy.weights,
-        "promise": point.promise | {"precision": config.train.precision} if point.promise else None,
+        "promise": point.promise or None,
         "shares": _shares(point),
         "costs": {"unit": "multiply_adds_lazy", "exits": list(costs)},
         "preprocessing": {

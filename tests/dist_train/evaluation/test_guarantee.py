@@ -11,6 +11,8 @@ from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from dist_train import cli, evaluate
+from dist_train.errors import ConfigError
 from dist_train.evaluation.corruptions import TABLE, corrupt
 from dist_train.evaluation.failure import aurc, auroc, failure_prediction
 from dist_train.evaluation.guarantee import Request
@@ -25,8 +27,6 @@ REQUEST = Request([Target("gap", 0.2), Target("consistency", 0.3)], 0.1)
 
 
 def evaluated(run_folder):
-    from dist_train import evaluate
-
     report = evaluate(run_folder, request=REQUEST, shift=True)
     return report.guarantee.to_json(), [one.to_json() for one in report.shift]
 
@@ -196,3 +196,32 @@ def test_bad_requests_are_one_line(run_folder, digits, refused, tmp_path):
         "predict", empty, digits, "--risk", "gap"
     )
     assert "--risk is 'luck'" in refused("predict", empty, digits, "--risk", "luck")
+
+
+def test_a_guarantee_is_of_the_precision_that_was_evaluated_and_predict_computes_in_it(run_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder, symlinks=True)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        asked = () if precision == "fp32" else ("--precision", precision)  # that of the training is the default
+        words = ["eval", str(folder), "--risk", "gap", "--epsilon", "0.5", "--out", str(folder), *asked]
+        assert cli.run(words) == 0
+        assert f" on val, in {precision}\n" in capsys.readouterr().out
+        report = json.loads((folder / "report.json").read_text())
+        assert report["precision"] == precision
+        losses[precision] = [one["loss"] for one in report["exits"]]
+        assert point_for_risk(folder, "gap").promise["precision"] == precision
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+
+    image = tmp_path / "image.png"
+    Image.new("RGB", (32, 32)).save(image)
+    predict = ["predict", str(folder), str(image), "--risk", "gap"]
+    assert cli.run(predict) == 0
+    captured = capsys.readouterr()
+    assert "bf16" in captured.out
+    assert "guaranteed in" not in captured.err
+    assert cli.run([*predict, "--precision", "fp32"]) == 0
+    assert "warning: gap is guaranteed in bf16, not in fp32" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--precision is 'int8'; use fp32, bf16 or fp16"):
+        evaluate(folder, precision="int8")

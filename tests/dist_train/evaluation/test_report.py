@@ -132,6 +132,7 @@ def _thresholds(samples, held):
         calibration=samples.select(held),
         calibration_name="half of val",
         notes=[],
+        precision="fp32",
     )
     points = [point for sweep in report.sweeps for point in sweep.points]
     thresholds = [(sweep.temperatures, [point.thresholds for point in sweep.points]) for sweep in report.sweeps]
