@@ -13,6 +13,9 @@ from typing import IO, Any
 
 from dist_train.files import write_whole
 
+OF_THE_MACHINE = ("speed/", "memory/", "train/failed_saves")
+"""Begin the names of metrics that say how a step was computed: the same step, computed again, has others."""
+
 
 class MetricsFile:
     """``metrics.jsonl``: one line ``{"t": milliseconds, "step": N, "batch": N, "metrics": {...}}`` per logged step."""

@@ -20,7 +20,7 @@ from dist_train.config_file import flat_fields, load_config
 from dist_train.errors import TrackingError
 from dist_train.files import write_whole
 from dist_train.render.table import Table, millions
-from dist_train.tracking.metrics import read_metrics, read_new
+from dist_train.tracking.metrics import OF_THE_MACHINE, read_metrics, read_new
 from dist_train.tracking.mlflow import (
     Data,
     columns,
@@ -31,6 +31,7 @@ from dist_train.tracking.mlflow import (
     log_data,
     log_params,
     log_points,
+    logged_points,
     reopened,
     tracking_uri,
     unusable,
@@ -45,6 +46,9 @@ CHANGED = "changed."
 """Begins the tags of fields that a later start has changed: MLflow's parameters are forever."""
 
 BYTES_PER_READ = 1 << 20
+
+Point = tuple[str, float, int, int]
+"""Of a metric: name, value, milliseconds, step."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ class SyncState:
     A lock keeps threads and processes (a training, and `dist-train sync` beside it) from undoing each other's updates.
 
     ``uri``; ``folder``, where the run lives; ``key``, the folder's own; ``run_id``; ``described``, whether MLflow has the settings; ``offset``, the
-    bytes of metrics.jsonl that it has, and ``inode``, of which file they are; ``models``, MLflow's ids of the checkpoints by their names; ``tags``; ``started`` and ``ended``, ms; ``status``; ``complete``.
+    bytes of metrics.jsonl that it has, and ``inode``, of which file they are; ``newest``, the largest step that it has, and ``repeated``, the
+    one up to which lines may tell of steps that it has already; ``models``, MLflow's ids of the checkpoints by their names; ``tags``; ``started`` and ``ended``, ms; ``status``; ``complete``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -156,7 +161,8 @@ class SyncState:
 class Mirror:
     """Sends one run folder to one MLflow run, the same one after a resume; its methods raise whatever MLflow raises.
 
-    MLflow keeps one point per (key, time, step, value), so sending a line twice changes nothing.
+    MLflow keeps one point per (key, time, step, value), so sending a line twice changes nothing.  A step that was computed
+    twice has its first points there, and others only where their values differ.
     """
 
     def __init__(self, config: Config, folder: Path, uri: str, state: SyncState) -> None:
@@ -174,7 +180,14 @@ class Mirror:
         if run_id is None or not reopened(client, run_id):
             key = state.get("key") or uuid.uuid4().hex
             self.state.update(
-                uri=self.uri, folder=str(self.folder.resolve()), key=key, offset=0, described=False, models={}
+                uri=self.uri,
+                folder=str(self.folder.resolve()),
+                key=key,
+                offset=0,
+                newest=0,
+                repeated=0,
+                described=False,
+                models={},
             )
             # The server may have created the run although its answer was lost: it is found by its key.
             found = client.search_runs([experiment], filter_string=f"tags.`{KEY}` = '{key}'", max_results=1)
@@ -233,17 +246,36 @@ class Mirror:
                 inode = os.fstat(file.fileno()).st_ino
                 # Another file: a run that resumed has dropped lines, perhaps late, after a full disk.  All is sent again.
                 if inode != state.get("inode"):
-                    state |= {"inode": inode, "offset": 0}
+                    state |= {"inode": inode, "offset": 0, "repeated": state.get("newest", 0)}
                 entries, offset = read_new(file, state["offset"], BYTES_PER_READ)
             if offset == state["offset"]:
                 break
             points = [(k, v, e["t"], e["step"]) for e in entries for k, v in e["metrics"].items()]
-            log_points(self._client, state["run_id"], points)
+            log_points(self._client, state["run_id"], self._new(points, state["run_id"], state.get("repeated", 0)))
             sent += len(entries)
             state["offset"] = offset
+            state["newest"] = max([state.get("newest", 0), *(entry["step"] for entry in entries)])
             # After every request, so that a kill repeats one of them at most; MLflow ignores what comes twice.
-            self.state.update(offset=state["offset"], inode=inode)
+            self.state.update(**{key: state.get(key, 0) for key in ("offset", "inode", "newest", "repeated")})
         return sent
+
+    def _new(self, points: list[Point], run_id: str, repeated: int) -> list[Point]:
+        """Those of the points that MLflow does not have: a run that was killed computes the steps after its checkpoint again.
+
+        It cannot delete the points of the first time, which are the same but for their time, and for what is of the machine.
+        """
+        there: dict[str, dict[int, set[str]]] = {}
+        for key in {key for key, _, _, step in points if step <= repeated}:
+            there[key] = {}
+            for step, value in logged_points(self._client, run_id, key):
+                there[key].setdefault(step, set()).add(repr(float(value)))
+
+        def is_new(point: Point) -> bool:
+            key, value, _, step = point
+            values = there.get(key, {}).get(step, set()) if step <= repeated else set()
+            return not values if key.startswith(OF_THE_MACHINE) else repr(float(value)) not in values
+
+        return [point for point in points if is_new(point)]
 
     def finish(self) -> None:
         """Send the report, the checkpoints that are kept, and how the run ended, if it has."""

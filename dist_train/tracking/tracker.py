@@ -53,11 +53,14 @@ class Tracker:
         # A resume truncates metrics.jsonl to its checkpoint; what remains of the file was sent before.
         path = self.folder / "metrics.jsonl"
         file = path.stat() if path.exists() else None
+        inode = file.st_ino if file else None
         self._state.update(
             uri=self.uri,
             folder=str(self.folder.resolve()),
             offset=min(before.get("offset", 0), file.st_size if file else 0),
-            inode=file.st_ino if file else None,
+            inode=inode,
+            # What was dropped may have been sent, and comes again.
+            repeated=before.get("repeated" if before.get("inode") == inode else "newest", 0),
             tags=tags,
             status="RUNNING",
             complete=False,

@@ -160,6 +160,39 @@ def test_metrics_that_were_rewound_after_the_mirror_began_are_sent(tracked, tmp_
     assert mirror.send() == 0
 
 
+@pytest.mark.parametrize("starts_again", [False, True])
+def test_a_step_that_is_computed_twice_is_in_mlflow_once(tracked, tmp_path, starts_again):
+    """After a kill; but where its numbers are others, because a setting was changed, MLflow has both."""
+    file = MetricsFile(tmp_path / "run" / "metrics.jsonl")
+
+    def log(batches, speed, changed=()):
+        for batch in batches:
+            loss = 0.1 if batch in changed else 1 / (batch + 1)
+            file.add(batch, batch, {"loss": loss, "speed/images_per_second": speed + batch, "norm": float("nan")})
+        file.flush()
+
+    log(range(1, 10), speed=100)
+    mirror = tracked(0.1)
+    assert mirror.send() == 9
+    time.sleep(0.01)  # so that the same step has another time
+    file.rewind(4, evaluates=False)
+    tracker = Tracker(mirror.config, {"command": "dist-train train"}) if starts_again else None
+    log(range(5, 13), speed=200, changed=[7])
+    if tracker:
+        tracker.close("FINISHED")
+        assert mirror.state.read()["complete"]
+    else:
+        mirror.send()
+    run = run_of(mirror).info.run_id
+    found = {
+        key: sorted((point.step, point.value) for point in mirror._client.get_metric_history(run, key))
+        for key in ("loss", "speed/images_per_second", "norm")
+    }
+    assert found["loss"] == sorted([(7, 0.1), *((step, 1 / (step + 1)) for step in range(1, 13))])
+    assert found["speed/images_per_second"] == [(step, (100 if step < 10 else 200) + step) for step in range(1, 13)]
+    assert [step for step, _ in found["norm"]] == list(range(1, 13))
+
+
 def test_what_two_threads_write_down_of_a_run_is_both_kept(tmp_path):
     fields = {"name": "run", "runs": str(tmp_path), "data": {"shards": "d"}, "tracking": {"uri": "http://127.0.0.1:9"}}
     config = make_config(fields)
