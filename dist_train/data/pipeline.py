@@ -126,6 +126,8 @@ class Loader:
         self._order = np.arange(len(index))  # views, see order.py
         urls = [place for place in places if isinstance(place, str)]
         self._cache = ShardCache(index, urls, data) if urls else None
+        if self._cache and self.order and not self._cache.holds_all:
+            self._cache.check_order(index.shard[self.order.epoch(0) % len(index)], global_batch)
         # Of a shard that the cache removes, the disk space is free only when it is closed here.
         keep = {"keep_open": 2 * data.shuffle_shards} if self._cache else {}
         self._reader = ShardReader(index, index.folder or Path(places[0]), data.io_threads, self._cache, **keep)

@@ -19,11 +19,15 @@ import os
 import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dist_train.config import DataConfig
 from dist_train.errors import ConfigError, StorageError
@@ -40,6 +44,9 @@ _PAUSES = (0.0, 0.5, 2.0, 8.0)
 _AT_ONCE = 4
 """Shards fetched ahead at the same time by one process."""
 
+
+_MOST_FETCHES = 10
+"""Per shard and epoch.  More are a cache that holds none of them until it is wanted again: hours of waiting, and fees."""
 
 _OWN = re.compile(r"[0-9a-f]{16}/[0-9a-f]{16}-[^/]*\.tar")
 _OWN_DRAFT = re.compile(r"[0-9a-f]{16}/\.[0-9a-f]{16}-[^/]*\.tar\.\d+\.tmp")
@@ -75,6 +82,7 @@ class ShardCache:
         self._limit = int(data.cache_gb * 1e9)
         fetched = (shard.bytes for shard, place in zip(index.shards, self._places) if place)
         largest = sorted(fetched, reverse=True)
+        self._bytes = sum(largest)
         # One shard more than a window, so that the next one can come while all of a window are in use.
         needed = sum(largest[: data.shuffle_shards + 1])
         if needed > self._limit:
@@ -91,6 +99,40 @@ class ShardCache:
         self._moved = threading.Condition()
         self._closed: Future[None] = Future()
         self._threads: list[threading.Thread] = []
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether all shards fit at the same time."""
+        return self._bytes <= self._limit
+
+    def check_order(self, shards: NDArray[np.integer[Any]], at_once: int) -> None:
+        """Refuse an epoch for which shards would be fetched again and again.
+
+        Args:
+            shards: of every view of the epoch, in their order.
+            at_once: views of a global batch.
+
+        Raises:
+            ConfigError: they would come more than ten times on average.
+        """
+        kept: OrderedDict[int, int] = OrderedDict()
+        used = fetched = volume = 0
+        for first in range(0, len(shards), at_once):
+            for shard in np.unique(shards[first : first + at_once]).tolist():
+                if shard in kept:
+                    kept.move_to_end(shard)
+                    continue
+                kept[shard] = self._shards[shard].bytes if self._places[shard] else 0
+                used += kept[shard]
+                volume += kept[shard]
+                fetched += bool(kept[shard])
+                while used > self._limit:
+                    used -= kept.popitem(last=False)[1]
+        if fetched > _MOST_FETCHES * sum(place is not None for place in self._places):
+            raise ConfigError(
+                f"data.cache_gb is {self._limit / 1e9:g}, with which an epoch in this order (class_balanced, labeled_fraction or weights) would "
+                f"fetch {fetched:,} shards, {volume / 1e9:,.3g} GB; raise it to {self._bytes / 1e9:.3g}, which holds all of them"
+            )
 
     def expect(self, shards: Sequence[int]) -> None:
         """Say in which order shards will be wanted; they are fetched ahead in it, as far as half of the cache reaches."""

@@ -363,6 +363,27 @@ def test_urls_that_do_not_work(
     assert "\n" not in str(caught.value)
 
 
+def test_an_order_that_would_fetch_shards_again_and_again_is_refused_before_it_does(
+    digits: Path, tmp_path: Path
+) -> None:
+    index = Index.load(digits / "train")
+    (tmp_path / "set").mkdir()
+    shutil.copytree(digits / "train", tmp_path / "set" / "train")
+    # One image in twenty is of the other classes, which come as often: ten rounds and more through all shards at once.
+    rare = np.where(np.arange(len(index)) % 20, np.minimum(index.label, 1), index.label)
+    replace(index, label=rare).save(tmp_path / "set" / "train")
+    largest = max(shard.bytes for shard in index.shards) / 1e9
+    url, options = f"file://{tmp_path / 'set'}", {"shuffle_shards": 2, "cache_gb": 5.5 * largest}
+    whole = sum(shard.bytes for shard in index.shards) / 1e9
+    with pytest.raises(
+        ConfigError, match=rf"would fetch \d+ shards, .* GB; raise it to {whole:.3g}, which holds all"
+    ) as caught:
+        remote_loader(url, tmp_path / "cache", class_balanced=True, **options)
+    assert "\n" not in str(caught.value)
+    for others in ({}, {"class_balanced": True, "cache_gb": 1.01 * whole}):
+        remote_loader(url, tmp_path / "cache", **options | others).close()
+
+
 def test_an_index_from_elsewhere_does_not_choose_where_the_cache_writes(
     server: Server, digits: Path, tmp_path: Path
 ) -> None:
