@@ -18,7 +18,8 @@ Columns = Mapping[str, Any]
 """``raw``, a list of uint8 arrays (one encoded image each), and the arrays of :func:`dist_train.data.augment.parameters`."""
 
 
-MACHINE_FAULT = re.compile(r"cuda|nvjpeg|nvml|driver|memory|bad_alloc", re.IGNORECASE)
+_MEMORY = re.compile(r"memory|bad_alloc", re.IGNORECASE)
+_DEVICE = re.compile(r"cuda|nvjpeg|nvml|driver", re.IGNORECASE)
 """What DALI's errors speak of when they are not about an image."""
 
 
@@ -50,9 +51,10 @@ class Decoder:
         """Yield float32 [N, 3, S, S] in channels_last for every micro batch, in order, up to ``depth`` ahead.
 
         A micro batch in which an image cannot be decoded yields the error instead, and the others are not touched by it.
+        So does one for which memory runs out, because an image whose header is damaged can claim any size.
 
         Raises:
-            DeviceError: DALI's error is about the machine: its driver, its memory.
+            DeviceError: DALI's error is about the machine.
         """
         self._source = iter(batches)
         if self._pipeline is None:
@@ -67,7 +69,7 @@ class Decoder:
             except StopIteration:
                 break
             except RuntimeError as error:
-                if MACHINE_FAULT.search(words_of(error)):
+                if _DEVICE.search(words_of(error)):
                     raise DeviceError(machine_fault(error)) from None
                 result = error
             pipeline.release_outputs()
@@ -212,6 +214,11 @@ def words_of(error: RuntimeError) -> str:
     text = str(error).rpartition("encountered:")[2].partition("Stacktrace")[0]
     text = re.sub(r"Current pipeline object is no longer valid\.|C\+\+ context: \[[^]]*\]", "", text)
     return " ".join(text.split())[:500]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether DALI had no memory for a micro batch."""
+    return _MEMORY.search(words_of(error)) is not None
 
 
 def machine_fault(error: RuntimeError) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dist_train.config import Config, DataConfig
 from dist_train.data import order
 from dist_train.data.augment import parameters
-from dist_train.data.decode import Columns, Decoder, machine_fault, words_of
+from dist_train.data.decode import Columns, Decoder, is_out_of_memory, machine_fault, words_of
 from dist_train.data.mix import mix
 from dist_train.data.reader import ShardReader
 from dist_train.data.remote import DamagedShardError, ShardCache
@@ -25,6 +25,7 @@ from dist_train.data.unreadable import BadSample, UnreadableImages, fault_of
 from dist_train.distributed.group import Group
 from dist_train.errors import DataError, DeviceError
 from dist_train.loss import LabelMix
+from shards.images import Unreadable, as_stored
 from shards.index import UNLABELED, Index
 
 NO_ID = -1
@@ -285,6 +286,7 @@ class Loader:
                     ids = fetched.views % len(self._index)
                     yield self._batch(result, fetched.views, ids)
                 else:
+                    self._check_memory(result, fetched.views, fetched.columns["raw"])
                     yield self._decode_singly(fetched)
         finally:
             # Left midway, by an error or because another pass begins: nobody takes what was read or decoded ahead.
@@ -344,12 +346,26 @@ class Loader:
             (result,) = self._spare.run([columns])
             if isinstance(result, torch.Tensor):
                 return result.clone()  # the decoder uses its memory again for the next image
+            self._check_memory(result, np.array([view]), columns["raw"])
             # What the CPU decodes is not damaged: then it is the GPU that cannot, and would not the next image either.
             if self._spare.on_gpu and isinstance(next(self._witness.run([columns])), torch.Tensor):
                 raise DeviceError(machine_fault(result))
             said = words_of(result)
         self._note_bad(view % len(self._index), columns["raw"][0], said)
         return None
+
+    def _check_memory(self, error: RuntimeError, views: NDArray[np.int64], raw: Sequence[NDArray[np.uint8]]) -> None:
+        """Raise DeviceError where memory ran out, unless an image asked for it: one that claims another size than in the index."""
+        if not is_out_of_memory(error):
+            return
+        for sample, data in zip((views % len(self._index)).tolist(), raw):
+            try:
+                image = as_stored(data.tobytes())
+                if (image.width, image.height) != (self._index.width[sample], self._index.height[sample]):
+                    return
+            except Unreadable:
+                return
+        raise DeviceError(machine_fault(error))
 
     def _note_bad(self, sample: int, raw: NDArray[np.uint8], said: str) -> None:
         """Note an image that could not be read; ``said`` is what the decoder says."""
