@@ -15,6 +15,7 @@ from dist_train.files import draft_of, write_whole
 from shards.index import Index
 from shards.index_file import FILE
 from shards.mixture import Part, mix
+from shards.quarantine import QUARANTINE_FILE
 
 HASHED_BYTES = 1_000_000_000
 """Up to so many, all shards are hashed at every start where ``data.verify`` is auto: some seconds."""
@@ -111,7 +112,13 @@ def open_index(data: DataConfig, split: str, kept: Mapping[str, Sequence[int]] |
     except DataError:
         # Its files come one by one: where they were replaced in between, they do not belong together, but those of now do.
         _fetch_index(files, place, folder)
-        index = _load(folder, kept)
+        try:
+            index = _load(folder, kept)
+        except DataError as error:
+            raise DataError(
+                f"{place}: cannot be used as it comes from there; look whether its files are whole, and whether the server gives them "
+                f"unchanged ({error})"
+            ) from None
     # One without the images of its quarantine list has whole names.
     root = folder.resolve()
     names = [Path(shard.name).name if Path(shard.name).parent == root else shard.name for shard in index.shards]
@@ -140,6 +147,9 @@ def _fetch_index(files: Any, place: str, folder: Path) -> None:
         try:
             with draft_of(folder / name) as draft:
                 fetch(files, f"{place}/{name}", draft)
+                # Some servers answer with a page, and not with 404, for what is not there.  No JSON begins like that.
+                if name == QUARANTINE_FILE and draft.read_bytes().lstrip()[:1] == b"<":
+                    raise FileNotFoundError
         except FileNotFoundError:
             if name == FILE:
                 raise DataError(f"{place}: has no {FILE}; give the URL of a folder that `shards make` wrote") from None

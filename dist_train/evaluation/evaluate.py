@@ -89,11 +89,8 @@ def evaluate(
     """
     path, folder = checkpoint.find(path), checkpoint.run_folder(checkpoint.find(path))
     meta, trained = checkpoint.read_meta(path)
-    data = DataConfig.model_validate(trained.data.model_dump() | ({"shards": shards} if shards else {}))
-    if precision not in (None, "fp32", *AUTOCAST):
-        raise ConfigError(f"--precision is {precision!r}; use fp32, bf16 or fp16")
-    train = trained.train.model_copy(update={"precision": precision or trained.train.precision})
-    config = trained.model_copy(update={"data": data, "train": train})
+    config = _as_asked(trained, shards, precision)
+    data = config.data
     split = split or data.val
     index = _open(data, split, meta.classes, path)
     fitting = _choose_calibration(data, trained.data, split, index, calibration, meta.classes, path)
@@ -118,6 +115,15 @@ def evaluate(
     if request:
         report = replace(report, guarantee=guarantee(request, fitted, test, costs, meta.classes, fitting.name))
     return replace(report, shift=_under_shift(report, model, config, group)) if shift else report
+
+
+def _as_asked(trained: Config, shards: str | Path | None, precision: str | None) -> Config:
+    """The configuration of the training with other shards and another precision, where they are given."""
+    if precision not in (None, "fp32", *AUTOCAST):
+        raise ConfigError(f"--precision is {precision!r}; use fp32, bf16 or fp16")
+    data = DataConfig.model_validate(trained.data.model_dump() | ({"shards": shards} if shards else {}))
+    train = trained.train.model_copy(update={"precision": precision or trained.train.precision})
+    return trained.model_copy(update={"data": data, "train": train})
 
 
 def _parts(

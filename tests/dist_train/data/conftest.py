@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from dist_train.config import DataConfig
+from dist_train.data import remote
 from dist_train.data.pipeline import Loader
 from shards import sources
 from shards.index import Index
 from shards.make import ShardSize, make
+from tests.dist_train.data.shard_server import Server, serving
 
 MakeLoader = Callable[..., Loader]
 
@@ -77,3 +79,15 @@ def make_loader() -> Iterator[MakeLoader]:
     yield make_one
     for loader in made:
         loader.close()
+
+
+@pytest.fixture
+def server(digits: Path) -> Iterator[Server]:
+    with serving(digits) as made:
+        yield made
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetching is tried again at once."""
+    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0, 0.0))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,10 @@ from dist_train.errors import ConfigError, DataError, StorageError
 from dist_train.evaluation.evaluate import _exists
 from dist_train.evaluation.split import Images, check_disjoint
 from shards.index import Index
-from shards.make import ShardSize, make_samples
-from shards.quarantine import Bad
-from shards.sources import Sample
 from tests.common import cpu_loader
-from tests.dist_train.data.shard_server import Server, serving
+from tests.dist_train.data.shard_server import Server
 
 MakeLoader = Callable[..., Loader]
-
-
-@pytest.fixture
-def server(digits: Path) -> Iterator[Server]:
-    with serving(digits) as made:
-        yield made
 
 
 def remote_loader(url: str, cache: Path, *, train: bool = True, **options: Any) -> Loader:
@@ -160,12 +150,6 @@ def test_shards_are_fetched_ahead_in_the_order_of_need(server: Server, tmp_path:
     assert max(abs(order.index(path) - place) for place, path in enumerate(fetched)) <= 4
 
 
-@pytest.fixture
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetching is tried again at once."""
-    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0, 0.0))
-
-
 @pytest.mark.usefixtures("no_pauses")
 def test_what_arrives_damaged_is_fetched_again_and_what_stays_damaged_is_replaced(
     server: Server, digits: Path, tmp_path: Path, make_loader: MakeLoader, caplog: pytest.LogCaptureFixture
@@ -215,74 +199,6 @@ def test_a_shard_that_cannot_be_fetched_is_an_outage_and_no_bad_image(
     server.refused = {}
     again, _ = pixels(remote_loader(server.url, tmp_path, shuffle_shards=1))
     assert again == clean
-
-
-@pytest.mark.usefixtures("no_pauses")
-def test_an_optional_file_may_be_forbidden_and_the_index_may_not(server: Server, tmp_path: Path) -> None:
-    # What object stores answer for any missing key to those who may not list the keys.
-    server.refused = {"/train/quarantine.json": 403}
-    data = DataConfig(shards=server.url, cache=tmp_path)
-    assert not open_index(data, "train").quarantine
-    assert server.counts["/train/quarantine.json"] == 1
-    server.refused = {"/train/index.json": 403}
-    with pytest.raises(
-        DataError, match=r"index.json: the server forbids it \(403\); check the URL and the credentials"
-    ):
-        open_index(data, "train")
-
-
-def grey(folder: Path, first: int) -> None:
-    """Shards of ten images, each of one level of grey, from ``first`` on."""
-    images = (np.full((8, 8, 3), first + number, np.uint8) for number in range(10))
-    samples = (Sample(f"n{number}", "ab"[number % 2], image) for number, image in enumerate(images))
-    make_samples(samples, folder, ShardSize(samples=5))
-
-
-def levels(url: str, cache: Path) -> list[int]:
-    """The greys of the images behind a URL, in the order of their ids."""
-    data = DataConfig(shards=url, cache=cache, image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
-    index = open_index(data, "train")
-    loader = cpu_loader(index, data.location("train"), data, train=False, seed=0, global_batch=10)
-    (micro,) = loader.evaluation()
-    loader.close()
-    return (255 * micro.images[:, 0, 0, 0]).round().int().tolist()
-
-
-def test_shards_made_anew_behind_the_same_url_are_not_those_of_the_cache(tmp_path: Path) -> None:
-    grey(tmp_path / "set", 0)
-    url = f"file://{tmp_path}/set"
-    assert sorted(levels(url, tmp_path / "cache")) == list(range(10))
-    shutil.rmtree(tmp_path / "set")
-    grey(tmp_path / "set", 100)
-    assert sorted(levels(url, tmp_path / "cache")) == list(range(100, 110))
-
-
-def test_an_index_replaced_while_it_is_fetched_is_fetched_again(tmp_path: Path) -> None:
-    grey(tmp_path / "set", 0)
-    grey(tmp_path / "other", 100)
-
-    def replace_index() -> None:
-        shutil.rmtree(tmp_path / "set")
-        os.rename(tmp_path / "other", tmp_path / "set")
-        server.before.clear()
-
-    with serving(tmp_path / "set") as server:
-        server.before["/train/index.bin"] = replace_index
-        assert sorted(levels(server.url, tmp_path / "cache")) == list(range(100, 110))
-
-
-def test_a_quarantine_list_behind_a_url_keeps_its_images_out(tmp_path: Path) -> None:
-    grey(tmp_path / "set", 0)
-    index = Index.load(tmp_path / "set" / "train", quarantine=False)
-    index.save_quarantine([Bad(3, str(index.key[3]), "cut off")])
-    all_but_one = levels(f"file://{tmp_path}/set", tmp_path / "cache")
-    assert sorted(all_but_one) == sorted(set(range(10)) - {all_of(tmp_path / "set")[3]})
-
-
-def all_of(folder: Path) -> list[int]:
-    """The greys of a folder's images in the order of their ids in the whole split."""
-    (folder / "train" / "quarantine.json").unlink(missing_ok=True)
-    return levels(f"file://{folder}", folder / "cache")
 
 
 def test_closing_does_not_wait_for_a_download(server: Server, digits: Path, tmp_path: Path) -> None:
@@ -382,19 +298,6 @@ def test_an_order_that_would_fetch_shards_again_and_again_is_refused_before_it_d
     assert "\n" not in str(caught.value)
     for others in ({}, {"class_balanced": True, "cache_gb": 1.01 * whole}):
         remote_loader(url, tmp_path / "cache", **options | others).close()
-
-
-def test_an_index_from_elsewhere_does_not_choose_where_the_cache_writes(
-    server: Server, digits: Path, tmp_path: Path
-) -> None:
-    index = Index.load(digits / "train")
-    shards = tuple(replace(shard, name=f"../../../{shard.name}") for shard in index.shards)
-    hostile = tmp_path / "hostile"
-    (hostile / "train").mkdir(parents=True)
-    replace(index, shards=shards).save(hostile / "train")
-    with pytest.raises(DataError, match=r"names the shard '../../../shard-000000.tar', which is not beside it"):
-        remote_loader(f"file://{hostile}", tmp_path / "cache")
-    assert not list(tmp_path.rglob("*.tar"))
 
 
 def test_a_run_trains_and_evaluates_from_a_url(
