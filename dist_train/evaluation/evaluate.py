@@ -69,15 +69,13 @@ def evaluate(
 
     Args:
         path: run folder, a folder ``checkpoints/step-N``, or one with model.safetensors, config.yaml and state.json.
-        split: split of the shards (default: the run's ``data.val``).
-        shards: folder of the shards (default: the run's).
+        split, shards: split of the shards, and their folder (default: the run's ``data.val`` and its shards).
         calibration: split on which thresholds and temperatures are fitted, on as many images of every class.  Default: the
             run's ``data.val`` where another split is tested, else that split.  Of the split that is tested it is half, chosen
             by the SHA-256 of their names; budgets are then tested on the other ones, exits on all.
         milliseconds: also measure the time per image and exit, one image at a time, as prediction computes it.
         cost: take the times from this file of ``dist-train bench predict --json`` instead.
-        budgets: what :meth:`Report.budgeted` will be asked for: where it would refuse, that is before any image is read.
-        clamp: as it will be given there.
+        budgets, clamp: what :meth:`Report.budgeted` will be asked for: where it would refuse, that is before any image is read.
         request, shift: risks to guarantee, on the calibration images; whether to measure the split under corruptions as well.
         precision: of the arithmetic, fp32, bf16 or fp16 (default: that of the training); thresholds and guarantees hold for it.
 
@@ -90,8 +88,7 @@ def evaluate(
     path, folder = checkpoint.find(path), checkpoint.run_folder(checkpoint.find(path))
     meta, trained = checkpoint.read_meta(path)
     config = _as_asked(trained, shards, precision)
-    data = config.data
-    split = split or data.val
+    data, split = config.data, split or config.data.val
     index = _open(data, split, meta.classes, path)
     fitting = _choose_calibration(data, trained.data, split, index, calibration, meta.classes, path)
     model = checkpoint.load_model(path)
