@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
+from dist_train.checks import check_kind
 from dist_train.config import NETWORKS, Config, Section
 from dist_train.errors import ConfigError
 
@@ -24,6 +25,7 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong type or out of range.
     """
+    check_kind("path", path, str | Path, "give the path of a YAML file, see configs/")
     path = Path(path)
     tree = parse_yaml(read_text(path, "give the path of a YAML file, see configs/"), str(path))
     if not isinstance(tree, dict):
@@ -222,6 +224,8 @@ def parse_yaml(text: str, source: str) -> Any:
 
 def _override_pairs(tokens: Sequence[str]) -> Iterator[tuple[str, Any]]:
     tokens = list(tokens)
+    for token in tokens:
+        check_kind("an override", token, str, "give text, such as '--optim.lr', '0.05'")
     while tokens:
         token = tokens.pop(0)
         # Not argparse: it would have to know every field of every network in advance.

@@ -12,7 +12,7 @@ PACKAGES = ("dist_train", "launch", "shards")
 # From the ground up: a package imports from lower layers, and from itself.
 LAYERS = [
     ["dist_train.errors", "dist_train.files", "dist_train.precision", "dist_train.render"],
-    ["dist_train.arguments", "dist_train.slurm", "dist_train.hub", "dist_train.config"],
+    ["dist_train.arguments", "dist_train.checks", "dist_train.slurm", "dist_train.hub", "dist_train.config"],
     ["shards", "dist_train.config_file", "dist_train.models", "dist_train.loss", "dist_train.distributed"],
     ["dist_train.data", "dist_train.tracking"],
     ["dist_train.training", "dist_train.compare"],

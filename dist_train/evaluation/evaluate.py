@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_train.checks import check_kind
 from dist_train.config import Config, DataConfig
 from dist_train.data.pipeline import Loader
 from dist_train.data.split import open_index, open_split
@@ -215,6 +216,7 @@ def _given_times(cost: str | Path | None, milliseconds: bool, exits: int) -> Tim
 
 
 def _open(data: DataConfig, split: str, classes: list[str], path: Path) -> Index:
+    check_kind("split", split, str, "give the name of a split")
     index = open_split(data, split)
     if list(index.classes) != classes:
         raise DataError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from dist_train.checks import check_kind
 from dist_train.config import LossConfig
 from dist_train.errors import ConfigError, DataError
 from dist_train.loss.decoupled import decoupled_loss
@@ -83,6 +84,8 @@ class ExitDistillation(nn.Module):
 
     def __init__(self, config: LossConfig, num_exits: int) -> None:
         super().__init__()
+        check_kind("config", config, LossConfig, "give a LossConfig of dist_train.config")
+        check_kind("num_exits", num_exits, int, "give the network's number of exits")
         outside = len(config.outside_teachers)
         if not 1 <= num_exits <= MAX_EXITS - outside:
             others = f" beside {outside} outside teachers" if outside else ""
@@ -295,6 +298,7 @@ class ExitDistillation(nn.Module):
                     f"logits[{number}] is {_describe(other)}, logits[0] {_describe(z)}; all exits must agree"
                 )
         samples, classes = z.shape
+        check_kind("targets", first, Tensor, "give a tensor of labels [N] or of distributions [N, K]")
         soft = first.is_floating_point() and second is None
         expected = (samples, classes) if soft else (samples,)
         for name, tensor, shape, integer in (

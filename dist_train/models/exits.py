@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dist_train.checks import check_count, check_kind
 from dist_train.errors import ConfigError
 from dist_train.models.network import MultiExitNetwork, evaluating
 
@@ -46,9 +47,17 @@ def attach_exits(
     Raises:
         ConfigError: a name does not exist, is repeated or out of order, or its output has nothing to classify.
     """
+    check_kind("network", network, nn.Module, "give a torch.nn.Module")
+    check_kind("at", at, list | tuple, "give a list of names of submodules")
+    check_count("num_classes", num_classes)
+    check_count("image_size", image_size)
+    if head not in get_args(Pooling) and not callable(head):
+        raise ConfigError(f"head is {head!r}; use mean, class_token, or a function of the shape of a batch of features")
     _check_names(network, at)
     with evaluating(network):
-        parameter = next(network.parameters())
+        parameter = next(network.parameters(), None)
+        if parameter is None:
+            raise ConfigError(f"the network {type(network).__name__} has no parameters, so there is nothing to train")
         # Two, so that a first size of 2 in an output means a row per image.
         images = torch.randn(2, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
         features, output = _trial_run(network, at, images)
@@ -251,7 +260,7 @@ def _check_names(network: nn.Module, at: Sequence[str]) -> None:
         raise ConfigError(f"no submodule is named for an exit; name some of them, for instance {', '.join(names[:3])}")
     for position, name in enumerate(at):
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0)
             raise ConfigError(f"there is no submodule {name!r} for an exit; the nearest is {near[0]!r}")
         if name in at[:position]:
             raise ConfigError(f"exit {name!r} is named twice; name each submodule once")

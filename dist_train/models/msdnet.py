@@ -8,13 +8,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from dist_train.checks import check_choice, check_count, check_counts, check_kind
 from dist_train.errors import ConfigError
 from dist_train.models.cells import (
     BatchNorm,
@@ -30,6 +31,8 @@ from dist_train.models.network import MultiExitNetwork
 
 Dialect = Literal["lua", "msdnet_pytorch", "multiexit_distillation"]
 Prune = Literal["min", "max", "none"]
+StepMode = Literal["even", "growing"]
+Stem = Literal[32, 224]
 
 
 class MSDNet(MultiExitNetwork):
@@ -83,15 +86,23 @@ class MSDNet(MultiExitNetwork):
         initial_channels: int = 16,
         base: int = 4,
         step: int = 2,
-        step_mode: Literal["even", "growing"] = "even",
+        step_mode: StepMode = "even",
         prune: Prune = "max",
         reduction: float = 0.5,
         head_width: int | None = 128,
-        stem: Literal[32, 224] = 32,
+        stem: Stem = 32,
         dialect: Dialect = "lua",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, exits=exits, scales=scales, growth=growth, base=base, step=step)
+        check_counts(initial_channels=initial_channels, head_width=1 if head_width is None else head_width)
+        check_choice("step_mode", step_mode, get_args(StepMode))
+        check_choice("prune", prune, get_args(Prune))
+        check_choice("stem", stem, get_args(Stem))
+        check_choice("dialect", dialect, get_args(Dialect))
+        if not (isinstance(reduction, float | int) and 0 <= reduction <= 1):
+            raise ConfigError(f"reduction is {reduction!r}; give a number from 0 to 1")
         self.num_exits = exits
         self.num_classes = num_classes
         self.dialect = dialect
@@ -99,9 +110,7 @@ class MSDNet(MultiExitNetwork):
         self._run_recomputed = torch.compiler.disable(_run_recomputed) if activation_checkpointing else None  # type: ignore[no-untyped-call]
         self.divisor = (1 if stem == 32 else 4) * 2 ** (scales - 1)
         spans = [base, *(step if step_mode == "even" else step * exit_ + 1 for exit_ in range(1, exits))]
-        widths = _Widths(
-            scales, growth, tuple(growth_factors), tuple(bottleneck_factors) if bottleneck_factors else None
-        )
+        widths = _Widths(scales, growth, growth_factors, bottleneck_factors or None)
         stages = _plan_stages(sum(spans), widths, initial_channels, prune, reduction)
         ends = _plan_ends(spans, stages, dialect)
         self.stem = nn.ModuleList(_build_stem(widths.of(initial_channels), stem, dialect))
@@ -207,14 +216,19 @@ class _Widths:
 
     scales: int
     growth: int
-    growth_factors: tuple[int, ...]
-    bottleneck_factors: tuple[int, ...] | None
+    growth_factors: Sequence[int]
+    bottleneck_factors: Sequence[int] | None
 
     def __post_init__(self) -> None:
         for name in ("growth_factors", "bottleneck_factors"):
             factors = getattr(self, name)
-            if factors is not None and len(factors) != self.scales:
+            if factors is None:
+                continue
+            check_kind(name, factors, list | tuple, "give a list of one factor per scale")
+            if len(factors) != self.scales:
                 raise ConfigError(f"{name} are {list(factors)}, but scales is {self.scales}; give one factor per scale")
+            for factor in factors:
+                check_count(f"a number of {name}", factor)
         for factor in self.growth_factors[1:]:
             if self.growth * factor % 2:
                 raise ConfigError(

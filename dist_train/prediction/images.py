@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_train.checks import check_count, check_kind
 from dist_train.config import DataConfig
 from dist_train.data.augment import parameters
 from dist_train.data.decode import Decoder, words_of
@@ -22,7 +23,7 @@ from dist_train.models.cost import exit_costs
 from dist_train.precision import autocast
 from dist_train.prediction.confidence import confidence
 from dist_train.prediction.shares import Reference, ShareMonitor
-from dist_train.prediction.stopping import Policy, Predictions, at_exit, for_inference, predict
+from dist_train.prediction.stopping import Policy, Predictions, at_exit, check_policy, for_inference, predict
 from dist_train.prediction.timing import OtherWork, Timing, busy_warning, conditions, exit_within, fastest
 from dist_train.training import checkpoint
 from shards.images import Unreadable, encode
@@ -92,8 +93,10 @@ class Predictor:
         deadline_ms: float | None = None,
         expected: int | None = None,
     ) -> None:
-        if batch < 1:
-            raise ConfigError(f"--batch is {batch}; it must be at least 1")
+        check_count("batch", batch)
+        check_count("expected", expected or 0, least=0)
+        check_kind("reference", reference, Reference | None, "give that of a point of a report, or None")
+        check_kind("deadline_ms", deadline_ms, float | int | None, "give milliseconds")
         batch = min(batch, expected or batch)  # the decoder and the timing allocate whole batches
         if deadline_ms is not None and policy is not None:
             raise ConfigError(f"a policy and a deadline of {deadline_ms:g} ms are given; give one of them")
@@ -104,8 +107,8 @@ class Predictor:
             ranks.compute_on_cores()
         network = checkpoint.load_model(path).to(ranks.device)
         self.num_exits = network.num_exits
-        self.policy = policy or at_exit(self.num_exits, self.num_exits)
-        self.policy.check(self.num_exits)
+        self.policy = at_exit(self.num_exits, self.num_exits) if policy is None else policy
+        check_policy(self.policy, self.num_exits)
         self.monitor = ShareMonitor(reference) if reference is not None and reference.images else None
         self.unreadable: list[tuple[Path, str]] = []
         self.classes: list[str] = list(state.classes)
@@ -170,9 +173,13 @@ class Predictor:
                 yield FilePrediction(shown(str(name)), self.classes[label], confidence_, exit_ + 1, waited)
 
     def saving(self) -> Saving:
-        """What was saved so far; some image must have been predicted."""
+        """What was saved so far; raises DataError where no image has been predicted."""
         counts = np.bincount(self._exits, minlength=self.num_exits)
         images = len(self._exits)
+        if not images:
+            raise DataError(
+                "no image has been predicted yet, so nothing is known of what was saved; iterate over run()"
+            )
         return Saving(
             shares=(counts / images).tolist(),
             multiply_adds=float(counts @ np.array(self._costs, dtype=np.float64)) / images,
@@ -193,9 +200,13 @@ class Predictor:
 
     def _read(self, files: Iterable[str | Path]) -> Iterator[tuple[list[Path], Tensor]]:
         """Batches of the files that can be read, as evaluation prepares them."""
+        if isinstance(files, str | Path) or not isinstance(files, Iterable):
+            raise ConfigError(f"files is {files!r}; give a list of paths")
         names: list[Path] = []
         columns: list[dict[str, Any]] = []
-        for file in map(Path, files):
+        for given in files:
+            check_kind("a file", given, str | Path, "give its path")
+            file = Path(given)
             try:
                 columns.append(_prepare(file, self._data))
                 names.append(file)

@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from dist_train.checks import check_count, check_kind
 from dist_train.errors import ConfigError
 from dist_train.models.network import MultiExitNetwork
 from dist_train.prediction.confidence import FEATURES, AnyMeasure, confidence_with_history
@@ -37,12 +38,13 @@ class Thresholds:
         """Raise ConfigError where there is not one number (and temperature) per exit, and for a measure that is none."""
         if self.measure not in get_args(AnyMeasure):
             raise ConfigError(f"the measure is {self.measure!r}; use one of {', '.join(get_args(AnyMeasure))}")
+        _check_numbers("thresholds", self.values)
         if len(self.values) not in (num_exits, num_exits - 1):
             raise ConfigError(
                 f"{len(self.values)} thresholds are given for {num_exits} exits; give {num_exits - 1}, the last exit needs none"
             )
-        if any(math.isnan(value) for value in self.values):
-            raise ConfigError(f"thresholds are {list(self.values)}; allowed are numbers and infinity")
+        if self.temperatures is not None:
+            _check_numbers("temperatures", self.temperatures)
         if self.temperatures is not None and len(self.temperatures) != num_exits:
             raise ConfigError(
                 f"{len(self.temperatures)} temperatures are given for {num_exits} exits; give one per exit"
@@ -85,6 +87,7 @@ class Patience:
 
     def check(self, num_exits: int) -> None:
         """Raise ConfigError for a patience that no network of so many exits can have."""
+        check_count("patience", self.exits)
         if not 1 <= self.exits < num_exits:
             raise ConfigError(
                 f"patience is {self.exits}; it must be at least 1 and below the number of exits, {num_exits}"
@@ -97,7 +100,23 @@ class Patience:
         return (classes[:, -1 - self.exits :] == classes[:, -1:]).all(dim=1)
 
 
+def _check_numbers(name: str, given: Sequence[float]) -> None:
+    """Raise ConfigError for what is no list of numbers, or holds NaN."""
+    try:
+        unknown = any(math.isnan(given[index]) for index in range(len(given)))
+    except TypeError:
+        raise ConfigError(f"{name} are {given!r}; give a list of numbers, one per exit") from None
+    if unknown:
+        raise ConfigError(f"{name} are {list(given)}; allowed are numbers and infinity")
+
+
 Policy = Thresholds | Patience
+
+
+def check_policy(policy: Policy, num_exits: int) -> None:
+    """Raise ConfigError for what is no policy, or one that does not fit the number of exits."""
+    check_kind("policy", policy, Policy, "give Thresholds, Patience or at_exit of dist_train.prediction")
+    policy.check(num_exits)
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,7 @@ def at_exit(number: int, num_exits: int) -> Thresholds:
     Raises:
         ConfigError: there is no such exit.
     """
+    check_count("exit", number)
     if not 1 <= number <= num_exits:
         raise ConfigError(f"exit is {number}; the network has the exits 1 to {num_exits}")
     return Thresholds([float("inf")] * (number - 1) + [float("-inf")] * (num_exits - number + 1))
@@ -161,8 +181,13 @@ def predict(network: MultiExitNetwork, images: Tensor, policy: Policy) -> Predic
     Raises:
         ConfigError: the policy does not fit the network's number of exits, or the network is in training mode.
     """
+    if not hasattr(network, "iter_exits"):
+        raise ConfigError(f"network is a {type(network).__name__}; give one of load_model, MSDNet or attach_exits")
+    check_kind("images", images, Tensor, "give a tensor of floats [N, 3, H, W]")
+    check_policy(policy, network.num_exits)
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ConfigError(f"images are {list(images.shape)} in {images.dtype}; give a tensor of floats [N, 3, H, W]")
     last = network.num_exits - 1
-    policy.check(network.num_exits)
     if network.training:
         raise ConfigError(
             "the network is in training mode, where its predictions depend on the batch; call eval() first"

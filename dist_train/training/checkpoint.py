@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dist_train.checks import check_kind
 from dist_train.config import Config
 from dist_train.config_file import dump_config, load_config
 from dist_train.data.unreadable import BadSample
@@ -254,6 +255,7 @@ def find(path: str | Path) -> Path:
         CheckpointError: there is none that can be read.
         UserError: a repository cannot be fetched, or would run code.
     """
+    check_kind("path", path, str | Path, "give a run folder, one of its checkpoints, or hf://ORG/NAME")
     if is_address(path):
         return published.fetch(path, WEIGHTS, ("manifest.json", "report.json"))
     path = Path(path)

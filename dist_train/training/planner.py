@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from dist_train.checks import check_kind
 from dist_train.config import Config, DataConfig
 from dist_train.config_file import plain
 from dist_train.distributed.group import Ranks
@@ -137,6 +138,7 @@ def plan(config: Config, world_size: int = 1) -> Plan:
 
     Whatever is wrong with the shards or the configuration is in ``problems`` of the result.
     """
+    check_kind("config", config, Config, "read a file with load_config(PATH)")
     if not isinstance(world_size, int) or world_size < 1:
         return Plan(config, 1, problems=[f"world_size is {world_size!r}; give a number of processes from 1 on"])
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dist_train.checks import check_kind
 from dist_train.config import Config
 from dist_train.distributed.group import Group, Ranks
 from dist_train.distributed.lock import RunLock
@@ -24,6 +25,7 @@ def train(config: Config) -> Run:
         UserError: something in the configuration, the shards or the run folder is wrong; see the message.
         TrainingError: training cannot continue; the last checkpoint is intact.
     """
+    check_kind("config", config, Config, "read a file with load_config(PATH)")
     config = make_deterministic(config)
     ranks = Ranks.from_env()
     if ranks.device.type == "cpu":

@@ -63,6 +63,26 @@ def said(capsys, *arguments):
     return captured.err
 
 
+def test_what_python_gives_a_predictor_is_checked(run, tmp_path):
+    folder, _ = run
+    for options, words in (
+        ({"policy": [0.9, 0.8]}, "policy is \\[0.9, 0.8\\], of type list"),
+        ({"batch": "8"}, "batch is '8'; give an integer"),
+        ({"expected": -1}, "expected is -1"),
+        ({"deadline_ms": "5"}, "deadline_ms is '5', of type str; give milliseconds"),
+        ({"reference": [1]}, "reference is \\[1\\]"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Predictor(folder, **options)
+    predictor = Predictor(folder, expected=1)
+    for files, words in ((str(tmp_path), "give a list of paths"), (None, "files is None"), ([1], "a file is 1")):
+        with pytest.raises(ConfigError, match=words):
+            predictor.images(files)
+    assert list(predictor.run([tmp_path / "missing.png"])) == []
+    with pytest.raises(DataError, match="no image has been predicted yet"):
+        predictor.saving()
+
+
 def test_files_get_the_logits_that_evaluation_gives(run, photos, digits):
     folder, config = run
     loader = cpu_loader(Index.load(digits / "val"), digits / "val", config.data, train=False, seed=0, global_batch=20)
@@ -290,7 +310,7 @@ def test_bad_input_is_one_line(run, photos, tmp_path, capsys):
     assert "give them as well" in said(capsys, folder, photos, "--exit", 1, "--measure", "margin")
     assert "patience is 3" in said(capsys, folder, photos, "--patience", 3)
     assert "exits 1 to 3" in said(capsys, folder, photos, "--exit", 4)
-    assert "--batch is 0" in said(capsys, folder, photos, "--batch", 0)
+    assert "batch is 0" in said(capsys, folder, photos, "--batch", 0)
     for output in (tmp_path / "no" / "out.csv", tmp_path):  # before the images are read: the only one is none
         assert "cannot be written" in said(capsys, folder, __file__, "--output", output)
 
