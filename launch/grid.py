@@ -84,6 +84,14 @@ class StudyConfig(Section):
                 raise ValueError(f"{axis} has values that are written alike; give each once, or name them")
         return opened
 
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, given: tuple[int, ...]) -> tuple[int, ...]:
+        for seed in given:
+            if given.count(seed) > 1:
+                raise ValueError(f"{seed} is given twice; give each seed once")
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
         if not self.axes:

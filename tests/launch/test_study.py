@@ -142,6 +142,7 @@ def finished_cell(path, *overrides):
         ),
         ("alone:", "'taught!':", "2 cells would be called taught-seed3"),
         ("[3]", "[]", "seeds is"),
+        ("[3]", "[3, 5, 3]", "seeds: 3 is given twice; give each seed once"),
         ("seeds:", "baseline: labels\nseeds:", "baseline is 'labels'; it is one of the axes: teacher"),
         (
             "seeds: [3]",
