@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from dist_train.checks import check_kind
-from dist_train.config import NETWORKS, Config, Section
+from dist_train.config import MIXTURE, NETWORKS, Config, PartConfig, Section
 from dist_train.errors import ConfigError
 
 
@@ -311,6 +312,16 @@ def explain(error: ValidationError, schema: type[Section] = Config) -> str:
     # A key that is spelt wrong comes before the one that is missing because of it.
     first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
+    if place[:3] == ["data", "train", MIXTURE] and len(place) > 3:
+        part = f"data.train, part {int(place[3]) + 1}"
+        if len(place) == 4:
+            return f"{part} is {_SHORT.repr(first['input'])}; write {{shards: FOLDER, split: train}}"
+        return f"{part}: {_explain(first, place[4:], PartConfig)}"
+    return _explain(first, place, schema)
+
+
+def _explain(first: ErrorDetails, place: list[str], schema: type[Section]) -> str:
+    """A fault at a place of a section, in one line."""
     # pydantic names the union here, and not the key that chooses its branch.
     if first["type"] == "network_name":
         name = first["input"].get("name") if isinstance(first["input"], dict) else first["input"]

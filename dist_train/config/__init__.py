@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from dist_train.config.base import Natural, NotNegative, Positive, Section, Seed, Unit, UserPath
-from dist_train.config.data import DataConfig
+from dist_train.config.data import MIXTURE, DataConfig, PartConfig
 from dist_train.config.loss import AVERAGED, LossConfig
 from dist_train.config.model import (
     NETWORKS,
@@ -33,6 +33,7 @@ from dist_train.errors import ConfigError
 
 __all__ = [
     "AVERAGED",
+    "MIXTURE",
     "NETWORKS",
     "AttachedConfig",
     "CheckpointConfig",
@@ -48,6 +49,7 @@ __all__ = [
     "NetworkConfig",
     "NotNegative",
     "OptimConfig",
+    "PartConfig",
     "Positive",
     "ResNetConfig",
     "Section",

@@ -51,7 +51,7 @@ def _takes_bool(kind: Any) -> bool:
 
 def path_or_url(given: Any) -> Any:
     """A path, expanded, or a URL as it is."""
-    if isinstance(given, str) and (not given or re.fullmatch(r"\w+:///*", given)):
+    if not isinstance(given, str | Path) or re.fullmatch(r"(\w+:///*)?", str(given)):
         raise ValueError(f"{given!r} names no folder; give its path or URL")
     return expanded(given) if isinstance(given, str) and "://" not in given else given
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    Discriminator,
     Field,
+    Tag,
     model_validator,
 )
 
@@ -27,6 +29,30 @@ class PartConfig(Section):
     """Condition on the images, such as min(width, height) >= 96 (default: all)."""
 
 
+Side = Annotated[int, Field(ge=0, le=65535)]
+"""Of an image, in pixels; JPEG has no longer ones."""
+
+
+def _kind_of_training(given: Any) -> str | None:
+    if isinstance(given, str):
+        return "split"
+    return MIXTURE if isinstance(given, list | tuple) else None
+
+
+MIXTURE = "mixture"
+"""What pydantic calls the second of these in the place of an error."""
+
+TrainedOn = Annotated[
+    Annotated[str, Tag("split")] | Annotated[tuple[PartConfig, ...], Field(min_length=1), Tag(MIXTURE)],
+    Discriminator(
+        _kind_of_training,
+        custom_error_type="training_data",
+        custom_error_message="give the name of a split, or a list of {shards: FOLDER, split: train}",
+    ),
+]
+"""A split, or a mixture of parts."""
+
+
 class DataConfig(Section):
     """Which shards are read, and how an image becomes a tensor."""
 
@@ -36,7 +62,7 @@ class DataConfig(Section):
     """Local folder that caches shards behind a URL (default: ~/.cache/dist_train); processes and runs share it."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
     """Size of that cache, in GB; the least recently used shards are evicted."""
-    train: str | Annotated[tuple[PartConfig, ...], Field(min_length=1)] = "train"
+    train: TrainedOn = "train"
     """Split to train on; or a mixture, a list of {shards: FOLDER, split: train, weight: 1, where: CONDITION}."""
     val: str = "val"
     """Split to validate on, during training and at its end."""
@@ -62,7 +88,7 @@ class DataConfig(Section):
     """Mixup: lambda is drawn from Beta(a, a) with this a; 0 is off; with cutmix on as well, each gets half of the images."""
     cutmix: NotNegative = 0.0
     """Cutmix: the fraction of the area is drawn from Beta(a, a) with this a; 0 is off."""
-    eval_resize: Positive | None = None
+    eval_resize: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Shorter side before the center crop in evaluation, in pixels (default: image_size; for 224-pixel inputs usually 256)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean of RGB, 0 to 1."""
@@ -80,7 +106,7 @@ class DataConfig(Section):
     """Repeated augmentation: views of each image in a global batch; one pass over the images then takes as many epochs."""
     decoder: Literal["auto", "gpu", "cpu"] = "auto"
     """What decodes the images: auto is the GPU that trains where there is one; cpu leaves that GPU's memory and time to the network."""
-    decode_threads: Positive | None = None
+    decode_threads: Annotated[int, Field(ge=1, le=256)] | None = None
     """Decoding threads per process (default: this process's share of the cores)."""
     io_threads: Annotated[int, Field(ge=1, le=64)] = 4
     """Threads per process that read samples from the shards; more help on file systems with high latency."""
@@ -88,7 +114,7 @@ class DataConfig(Section):
     """Micro batches prepared ahead of the network."""
     hw_decoder_load: Unit = 0.65
     """Fraction of the JPEGs given to the GPU's hardware decoder, if it has one (GPU only)."""
-    preallocate: tuple[Natural, Natural] = (0, 0)
+    preallocate: tuple[Side, Side] = (0, 0)
     """Width and height, in pixels, for which the GPU decoder preallocates memory; best those of the largest image (GPU only)."""
     verify: Literal["auto", "size", "hash"] = "auto"
     """How shards are checked against their index before training: by size, by hash, or (auto) by hash up to 1 GB."""
@@ -124,6 +150,11 @@ class DataConfig(Section):
             )
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio is {list(self.crop_ratio)}; it must be two rising numbers above 0")
+        if self.augment == "pad_crop" and self.crop_padding > self.image_size:
+            raise ValueError(
+                f"crop_padding is {self.crop_padding}; it must be at most image_size, {self.image_size}, or nothing of an image "
+                "may be left"
+            )
         varied = [
             name
             for name in ("color_jitter", "rand_augment", "random_erasing", "mixup", "cutmix")

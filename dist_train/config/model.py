@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -34,6 +35,8 @@ class NetworkConfig(Section):
         # Booleans of YAML 1.1, which would be read as the names of files.
         if given in ("on", "off", "yes", "no"):
             raise ValueError(f"is '{given}'; write true, false, or a file such as ./{given}")
+        if given is not None and not isinstance(given, bool | str | Path):
+            raise ValueError(f"is {given!r}; write true, false, or the name of a file")
         return given
 
     @model_validator(mode="after")
@@ -61,14 +64,18 @@ class NetworkConfig(Section):
         return self
 
 
+# Every layer takes time and memory to be built, so that a number that was mistyped would end in neither a run nor an error.
+Layers = Annotated[int, Field(ge=1, le=100)]
+
+
 class MSDNetConfig(NetworkConfig):
     """A multi-scale dense network, which has exits of its own."""
 
     name: Literal["msdnet"] = "msdnet"
     """msdnet, resnet, timm/NAME, torchvision/NAME, transformers/CONFIG_CLASS or /MODEL, or module:function, your own f(num_classes)."""
-    exits: Positive = 7
+    exits: Annotated[int, Field(ge=1, le=16)] = 7
     """Number of exits (msdnet); for other networks the submodules to attach exits to, the network's end being one more exit."""
-    scales: Positive = 3
+    scales: Annotated[int, Field(ge=1, le=8)] = 3
     """Number of scales, each of half the width and height of the one before."""
     growth: Positive = 6
     """Channels that a layer adds, times the scale's growth factor."""
@@ -78,9 +85,9 @@ class MSDNetConfig(NetworkConfig):
     """Largest width of a 1x1 bottleneck per scale, times the channels of the 3x3 after it (null: no bottlenecks)."""
     initial_channels: Positive = 16
     """Channels after the stem, times the scale's growth factor."""
-    base: Positive = 4
+    base: Layers = 4
     """Layers before the first exit."""
-    step: Positive = 2
+    step: Layers = 2
     """Layers from one exit to the next."""
     step_mode: Literal["even", "growing"] = "even"
     """even: step layers between all exits; growing: step + 1, 2 step + 1, 3 step + 1, ..."""
@@ -118,7 +125,7 @@ class ResNetConfig(AttachedConfig):
     """A residual network, small enough for tests and laptops."""
 
     name: Literal["resnet"] = "resnet"
-    blocks: tuple[Positive, ...] = (2, 2, 2)
+    blocks: tuple[Layers, ...] = (2, 2, 2)
     """Residual blocks per stage; each further stage halves the image and doubles the channels."""
     width: Positive = 16
     """Channels of the first stage."""

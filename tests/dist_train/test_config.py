@@ -78,6 +78,28 @@ def test_overrides_win_and_take_both_forms(tmp_path):
         (["--seed", "1" * 5000], "--seed: line 1 is not valid YAML: an integer has 5000 digits"),
         (["--optim.lr", "9" * 400], "optim.lr is 999"),
         (["--train.epochs", "1"], "model.first_epochs is 1, but train.epochs is 1"),
+        # What would take all memory, or all time, before anything else could say so.
+        (["--model.exits", "1000000000"], "model.exits is 1000000000; input should be less than or equal to 16"),
+        (["--model.base", "1000000000"], "model.base is 1000000000; input should be less than or equal to 100"),
+        (["--model.step", "1000000000"], "model.step is 1000000000"),
+        (["--model", "{name: resnet, exits: [a], blocks: [1000000000]}"], "model.blocks is 1000000000"),
+        (["--data.eval_resize", "1000000000"], "data.eval_resize is 1000000000"),
+        (["--data.decode_threads", "1000000000"], "data.decode_threads is 1000000000"),
+        (["--data.preallocate", "[1000000000, 1]"], "data.preallocate is 1000000000"),
+        (["--data.crop_padding", "33"], "crop_padding is 33; it must be at most image_size, 32"),
+        # A union, of which one branch alone was meant.
+        (
+            ["--data.train", "5"],
+            "data.train is 5; give the name of a split, or a list of {shards: FOLDER, split: train}",
+        ),
+        (["--data.train", "[]"], "data.train is []"),
+        (["--data.train", "[train]"], "data.train, part 1 is 'train'; write {shards: FOLDER, split: train}"),
+        (["--data.train", "[{}]"], "data.train, part 1: 'shards' is missing"),
+        (["--data.train", "[{shards: 3}]"], "data.train, part 1: shards: 3 names no folder; give its path or URL"),
+        (["--data.train", "[{shards: a}, {shards: b, splt: c}]"], "part 2: unknown key 'splt'; did you mean split?"),
+        (["--data.train", "[{shards: a, weight: x}]"], "part 1: weight is 'x'; input should be a valid number"),
+        (["--data.shards", "3"], "data.shards: 3 names no folder; give its path or URL"),
+        (["--model.pretrained", "[1]"], "model.pretrained: is [1]; write true, false, or the name of a file"),
     ],
 )
 def test_a_bad_override_is_one_line_with_the_remedy(tmp_path, overrides, message):
