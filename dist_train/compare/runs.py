@@ -90,25 +90,38 @@ class RunData:
     @property
     def seconds(self) -> float | None:
         """Training time from the logged speeds, so that pauses between a stop and its resume do not count."""
-        speeds, seconds, before = self.series.get("speed/images_per_second", []), 0.0, 0
-        batch = float(self.fields.get("train.global_batch", 0))
-        # Each speed holds for the steps since the line before it.
-        for step, speed in speeds:
-            seconds += (step - before) * batch / speed if speed > 0 else 0.0
-            before = step
+        seconds, before = 0.0, 0.0
+        # Each speed holds for the images since the line before it.
+        for images, speed in self._speeds:
+            seconds += (images - before) / speed if speed > 0 else 0.0
+            before = images
         return seconds or None
 
     @property
     def images_per_second(self) -> float | None:
         """Mean speed over the training, in images per second."""
         seconds = self.seconds
-        last = self.series["speed/images_per_second"][-1][0] if seconds else 0
-        return last * float(self.fields["train.global_batch"]) / seconds if seconds else None
+        return self._speeds[-1][0] / seconds if seconds else None
+
+    @property
+    def _speeds(self) -> list[tuple[float, float]]:
+        """The images that were consumed up to a line of metrics, and the speed that it says."""
+        text = self.fields.get("train.global_batch", "0")
+        try:
+            batch = float(text)
+        except ValueError:
+            raise DataError(
+                f"{self.source}: its train.global_batch is {text}, which is no number; correct its configuration"
+            ) from None
+        # Images of a skipped update were consumed as well.
+        skipped = dict(self.series.get("train/skipped_steps", []))
+        speeds = self.series.get("speed/images_per_second", [])
+        return [((step + skipped.get(step, 0.0)) * batch, speed) for step, speed in speeds]
 
 
 def wanted(metric: str) -> bool:
     """Whether a comparison uses this metric: its curves and its speed, not every statistic of every exit."""
-    return metric in ("train/loss", "val/mean_top1", "speed/images_per_second")
+    return metric in ("train/loss", "val/mean_top1", "speed/images_per_second", "train/skipped_steps")
 
 
 def read_folder(folder: str | Path) -> RunData:
@@ -129,11 +142,11 @@ def read_folder(folder: str | Path) -> RunData:
     state = SyncState(folder)
     # What a copied folder has is the MLflow run of the one that it was copied from.
     tracking = state.read() if state.belongs_to(folder) else {}
+    store, run_id = (one if isinstance(one := tracking.get(key), str) else None for key in ("uri", "run_id"))
     data = (_json(folder / "env.json") or {}).get("data")
     data = data if isinstance(data, dict) else {}
     report = _json(folder / "report.json")
-    exits = report.get("exits") if report else []
-    if not isinstance(exits, list) or not all(isinstance(one, dict) and _is_number(one.get("top1")) for one in exits):
+    if report is not None and not _is_report(report):
         raise DataError(
             f"{folder}/report.json: is no report as this version writes it; make it with `dist-train eval {folder}`"
         )
@@ -145,8 +158,8 @@ def read_folder(folder: str | Path) -> RunData:
         report=report,
         series={metric: _one_per_step(points) for metric, points in series.items()},
         data={key: str(data[key]) for key in DATA_TAGS if key in data},
-        store=tracking.get("uri"),
-        run_id=tracking.get("run_id"),
+        store=store,
+        run_id=run_id,
     )
 
 
@@ -196,11 +209,16 @@ def _from_store(client: Any, uri: str, run: Any) -> RunData:
     # Parameters cannot be changed in MLflow: what a later start has set is in tags.
     changed = {key.removeprefix(CHANGED): value for key, value in tags.items() if key.startswith(CHANGED)}
     fields = _defaults() | dict(run.data.params) | changed
+    report = _artifact(client, run, "report.json")
+    if report is not None and not _is_report(report):
+        raise DataError(
+            f"MLflow run {run.info.run_id}: its report.json is no report as this version writes it; leave it out by --filter"
+        )
     return RunData(
         name=run.info.run_name,
         source=f"MLflow run {run.info.run_id}",
         fields=fields,
-        report=_artifact(client, run, "report.json"),
+        report=report,
         series=series,
         data={key: tags[key] for key in DATA_TAGS if key in tags},
         store=uri,
@@ -229,6 +247,18 @@ def _one_per_step(points: Series) -> Series:
 def _defaults() -> dict[str, str]:
     """Fields that did not exist when a run was written get their default, which is how the run behaved."""
     return {key: default for key, default, _ in describe_fields() if default != "required"}
+
+
+def _is_report(content: dict[str, Any]) -> bool:
+    """Whether what a comparison reads of a report is of the right kind."""
+    exits = content.get("exits")
+    if not isinstance(exits, list) or not all(isinstance(one, dict) and _is_number(one.get("top1")) for one in exits):
+        return False
+    numbers = [
+        one[key] for one in exits for key in ("top5", "loss", "ece", "multiply_adds", "parameters") if key in one
+    ]
+    numbers += [content[key] for key in ("step", "images") if key in content]
+    return all(map(_is_number, numbers)) and all(isinstance(content.get(key, ""), str) for key in ("split", "data"))
 
 
 def _is_number(value: Any) -> bool:

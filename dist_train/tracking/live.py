@@ -104,7 +104,7 @@ def _curves(run: Watched) -> bytes:
         axes.set_title(title, fontsize=10)
 
     def by_exit(axes: Any, title: str, points: Sequence[tuple[int, list[float]]]) -> None:
-        for number in range(len(points[0][1]) if points else 0):
+        for number in range(min((len(top1) for _, top1 in points), default=0)):
             steps, values = [batch for batch, _ in points], [100 * top1[number] for _, top1 in points]
             axes.plot(steps, values, **line_style(number, len(points)), label=f"exit {number + 1}")
         axes.set_title(title, fontsize=10)

@@ -153,7 +153,7 @@ class SyncState:
         """
         before = self.read()
         home, key = before.get("folder"), before.get("key")
-        if home is None or Path(home) == folder.resolve():
+        if not isinstance(home, str) or Path(home) == folder.resolve():
             return True
         return key is None or SyncState(Path(home)).read().get("key") != key
 

@@ -224,7 +224,7 @@ def facts_of(run: Watched) -> list[tuple[str, str]]:
         ),
         ("memory", f"{one['memory/peak_gib']:.1f} GiB at most"),
     ]
-    if faults := {name: int(one[f"train/{name}"]) for name in FAULTS if one.get(f"train/{name}")}:
+    if faults := {name: int(one[f"train/{name}"]) for name in FAULTS if one.get(f"train/{name}", 0.0) > 0}:
         facts.append(("faults", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in faults.items())))
     if run.best is not None:
         facts.append(("best", f"{100 * run.best:.2f} % mean top-1 of the validations"))

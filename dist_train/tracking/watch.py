@@ -37,6 +37,13 @@ class Moment(NamedTuple):
     waiting: float
 
 
+class Metrics(dict[str, float]):
+    """Those of a line; what it does not have, as in a run of another version, is not a number."""
+
+    def __missing__(self, name: str) -> float:
+        return math.nan
+
+
 class Watched:
     """What ``config.yaml`` and ``metrics.jsonl`` of a run say so far; :meth:`look` reads what is new.
 
@@ -61,15 +68,15 @@ class Watched:
         self._forget()
 
     def _forget(self) -> None:
-        self.training: dict[str, float] = {}
-        self.validation: dict[str, float] = {}
+        self.training = Metrics()
+        self.validation = Metrics()
         self.best: float | None = None
         self.moments: list[Moment] = []
         self.validations: list[tuple[int, list[float]]] = []
         self.batch = 0
         self.skipped = 0
         self._of_training = 0
-        self._last: dict[str, float] = {}
+        self._last = Metrics()
         self._offset = 0
 
     def look(self) -> list[dict[str, Any]]:
@@ -109,6 +116,7 @@ class Watched:
         self._file = status.st_ino
         entries, self._offset = read_new(file, self._offset)
         for entry in entries:
+            entry["metrics"] = Metrics(entry["metrics"])
             self._add(entry)
         return entries
 
@@ -141,7 +149,7 @@ class Watched:
     @property
     def total(self) -> int | None:
         """Global batches of the whole run; None before the first line of training metrics."""
-        if self.config is None or not self.training.get("train/epoch"):
+        if self.config is None or not self.training.get("train/epoch", 0.0) > 0:
             return None
         train = self.config.train
         # The steps of an epoch are not written down, but a line has its batch and its epoch.

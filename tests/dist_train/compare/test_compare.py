@@ -208,7 +208,19 @@ def test_twenty_groups_fit_the_window(make_run, compare_command, tmp_path, width
     assert width < 1200 or set(tables) == {0}
 
 
-@pytest.mark.parametrize("content", ['{"exits": 5}', '{"exits": [{"top1": "x"}], "step": 3}', '{"exits": [4]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"exits": 5}',
+        '{"exits": [{"top1": "x"}], "step": 3}',
+        '{"exits": [4]}',
+        '{"exits": [{"top1": 0.5, "loss": "x"}]}',
+        '{"exits": [{"top1": 0.5, "multiply_adds": [1]}]}',
+        '{"exits": [{"top1": 0.5}], "step": "x"}',
+        '{"exits": [{"top1": 0.5}], "images": [1]}',
+        '{"exits": [{"top1": 0.5}], "data": [1]}',
+    ],
+)
 def test_a_report_of_another_form_is_one_line(content, make_run, compare_command):
     folders = make_run("a", [0.5]), make_run("b", [0.6])
     (folders[1] / "report.json").write_text(content)
@@ -241,3 +253,18 @@ def test_bad_input_is_one_line(make_run, compare_command, tmp_path):
         assert err.count("\n") == 1, err
     assert not (tmp_path / "comparison").exists()
     assert not (tmp_path / "none.db").exists()
+
+
+def test_settings_and_files_beside_them_of_other_kinds_are_text_or_one_line(make_run, compare_command):
+    folders = make_run("a", [0.5]), make_run("b", [0.6], loss__teachers="none")
+    (folders[1] / "env.json").write_text('{"data": {"classes": [1], "val_data": 5, "train_images": null}}')
+    (folders[1] / "tracking.json").write_text('{"folder": 5, "uri": [1], "run_id": "x"}')
+    with (folders[1] / "config.yaml").open("a") as file:
+        file.write("5: [1]\nodd: {a: null}\n")
+    status, _, err = compare_command(*folders)
+    assert (status, err) == (0, "")
+    text = (folders[1] / "config.yaml").read_text()
+    (folders[1] / "config.yaml").write_text(text.replace("global_batch: 64", "global_batch: [64]"))
+    status, _, err = compare_command(*folders, "--no-track", "--overwrite")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "runs/b: its train.global_batch is [64], which is no number" in err

@@ -68,6 +68,16 @@ def test_time_leaves_pauses_out_and_speed_is_over_the_whole_training(make_run):
     assert run.images_per_second == pytest.approx(20 * 64 / 15)
 
 
+def test_images_of_skipped_updates_took_time_too(make_run):
+    lines = [
+        (10, 20, {"speed/images_per_second": 64.0, "train/skipped_steps": 10.0}),
+        (30, 40, {"speed/images_per_second": 128.0, "train/skipped_steps": 10.0}),
+    ]
+    run = read_folder(make_run("a", [0.5], lines=lines, train__global_batch=64))
+    assert run.seconds == pytest.approx(20 + 10)
+    assert run.images_per_second == pytest.approx(40 * 64 / 30)
+
+
 def test_groups_have_different_names(make_run):
     places = ("a/digits", "b/digits", "b/photos")
     runs = [read_folder(make_run(f"r{n}", [0.5], data__shards=place)) for n, place in enumerate(places)]

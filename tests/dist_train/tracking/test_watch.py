@@ -139,6 +139,18 @@ def test_a_start_is_not_disturbed_by_those_who_look_on(config, monkeypatch):
     assert RunLock(config.folder).holder_lives() is None
 
 
+def test_a_run_whose_lines_have_less_is_shown_with_what_they_have(config, command):
+    begin(config)
+    log(config, (5, training(5, 1.8)), (10, {"train/loss": 1.5, "train/exit2/top1": 0.5}), (10, validation(0.5)))
+    log(config, (15, {"train/loss": 1.25, "train/epoch": math.nan, "train/skipped_steps": math.nan}))
+    piped = command("dist_train", "watch", config.folder, "--html")
+    assert (piped.returncode, piped.stderr) == (0, "")
+    assert "loss 1.500  top-1 % nan  T nan" in piped.stdout
+    text = "\n".join(on_a_terminal(100, "-m", "dist_train", "watch", config.folder))
+    assert "1.2500" in text
+    assert "Traceback" not in text
+
+
 def test_what_is_no_run_folder_is_refused_and_not_waited_for(tmp_path, refused):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file"):
