@@ -67,6 +67,7 @@ def save_lists(source: Source, folder: Path, out: Path, rule: Mapping[str, int])
     }
     refuse_existing(out, source.splits)
     draft: Path | None = None
+    renamed: list[Path] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".subset-", dir=out))
@@ -88,7 +89,10 @@ def save_lists(source: Source, folder: Path, out: Path, rule: Mapping[str, int])
             )
         for split in source.splits:
             os.rename(draft / split, out / split)
+            renamed.append(out / split)
     except OSError as error:
+        for path in renamed:
+            shutil.rmtree(path, ignore_errors=True)
         raise DataError(
             f"{out}: cannot be written ({error.strerror or error}); free space or choose another folder"
         ) from None

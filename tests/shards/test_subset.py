@@ -173,3 +173,21 @@ def test_what_is_there_is_not_overwritten(whole: Path, tmp_path: Path, capsys: p
     assert "is one split; give the folder that holds its splits" in capsys.readouterr().err
     assert len(Index.load(tmp_path / "out" / "train")) == 400
     assert sorted(os.listdir(tmp_path / "out")) == ["test", "train"]
+
+
+def test_lists_are_written_all_or_none(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that somebody else makes between the check and the end is in the way of the last split."""
+    rename = os.rename
+
+    def late(source: Path, target: Path) -> None:
+        if target.name == "train" and (tmp_path / "out" / "test").exists():
+            (target / "theirs").mkdir(parents=True)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    assert main(["subset", str(whole), str(tmp_path / "out"), *PER_CLASS]) == 2
+    assert "out: cannot be written (Directory not empty)" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "out")) == ["train"]
+    assert os.listdir(tmp_path / "out" / "train") == ["theirs"]
