@@ -227,7 +227,7 @@ def _mean_and_std(index: Index, size: int) -> tuple[list[float], list[float]]:
             try:
                 with Image.open(io.BytesIO(reader.read(sample).tobytes())) as image:
                     pixels.append(np.asarray(image.convert("RGB").resize((size, size)), dtype=np.float64) / 255)
-            except (OSError, ValueError):
+            except (OSError, ValueError, Image.DecompressionBombError):
                 continue  # `dist-train shards check` says which cannot be read
     finally:
         reader.close()

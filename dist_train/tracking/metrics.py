@@ -88,14 +88,18 @@ def parse_line(line: str) -> dict[str, Any] | None:
     """One line's content; None for a torn or foreign line."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = isinstance(entry, dict) and {"t", "step", "batch", "metrics"} <= entry.keys()
-    if not whole or not isinstance(entry["batch"], int) or not isinstance(entry["step"], int):
+    if not isinstance(entry, dict) or not all(_is_integer(entry.get(key)) for key in ("t", "step", "batch")):
         return None
-    metrics = entry["metrics"]
-    numbers = isinstance(metrics, dict) and all(isinstance(value, int | float) for value in metrics.values())
+    metrics = entry.get("metrics")
+    numbers = isinstance(metrics, dict) and all(isinstance(one, float) or _is_integer(one) for one in metrics.values())
     return entry if numbers else None
+
+
+def _is_integer(value: object) -> bool:
+    """One of 64 bits, as MLflow and TensorBoard take them."""
+    return isinstance(value, int) and abs(value) < 2**63
 
 
 def by_exit(metrics: Mapping[str, float], group: str, name: str) -> list[float]:

@@ -119,6 +119,14 @@ def test_odd_names_of_the_file_give_a_name_that_runs_can_have(out, name, tmp_pat
     assert load_config(out).name == name
 
 
+def test_images_too_large_to_be_opened_are_one_line(tmp_path, monkeypatch, capsys):
+    folder = shards(tmp_path, 64, 48, (10, 20, 30))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    capsys.readouterr()
+    assert run(["init", "--data", str(folder), "--out", str(tmp_path / "x.yaml")]) == 2
+    assert "none of 256 images can be read; run `dist-train shards check`" in capsys.readouterr().err
+
+
 def test_without_shards_it_is_said_how_to_make_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(["init"]) == 2

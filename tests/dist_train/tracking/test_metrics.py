@@ -42,7 +42,14 @@ def test_a_torn_line_and_a_foreign_one_are_dropped(file):
     assert batches(file.path) == [2, 4, 6, 6]
     file.rewind(6, False)
     assert file.path.read_text().count("\n") == 4
-    assert parse_line("[1]") is None
+    for line in (
+        "[1]",
+        "[" * 100_000,
+        '{"t": "x", "step": 8, "batch": 8, "metrics": {}}',
+        '{"t": 1, "step": 1%s, "batch": 8, "metrics": {}}' % ("0" * 30),
+        '{"t": 1, "step": 8, "batch": 8, "metrics": {"a": 1%s}}' % ("0" * 400),
+    ):
+        assert parse_line(line) is None
 
 
 def test_lines_that_could_not_be_written_are_written_later(file, monkeypatch):
