@@ -13,6 +13,13 @@ OVERRIDES = "Any field of CONFIG can be overridden: --section.key value. `dist-t
 """What the help of a launcher says of overrides."""
 
 
+def positive(text: str) -> int:
+    """The type of an option that takes a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises ConfigError, one line, where argparse would print its usage and exit."""
 

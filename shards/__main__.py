@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_train.arguments import Parser
+from dist_train.arguments import Parser, positive
 from dist_train.errors import INTERRUPTED, USER_ERROR, DataError, UserError
 from shards import check, cifar, foreign, imagenet, info, make, parquet, sheet, sources, subset
 from shards.images import KEEP, Encoding
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         description=f"Look through shards. Training leaves out what is found, by {QUARANTINE_FILE} in the split's folder.",
     )
     checking.add_argument("folder", type=Path, metavar="FOLDER", help="a split, or the folder of the splits")
-    checking.add_argument("--workers", type=_positive, default=CORES, help="processes; default: the cores, %(default)s")
+    checking.add_argument("--workers", type=positive, default=CORES, help="processes; default: the cores, %(default)s")
     checking.set_defaults(run=_check)
     part = verbs.add_parser(
         "subset",
@@ -132,7 +132,7 @@ def _add_cluster(one: argparse.ArgumentParser) -> None:
     cluster = one.add_argument_group("on a cluster")
     cluster.add_argument(
         "--slurm",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="let N tasks of a SLURM array write the shards, each with --workers cores; OUT is on a shared file system",
     )
@@ -169,7 +169,7 @@ def _add_index(verbs: Any) -> None:
         metavar="FILE",
         help="names of the classes in the order of their numbers, one a line or as JSON; default: the labels themselves",
     )
-    parser.add_argument("--workers", type=_positive, default=CORES, help="processes; default: the cores, %(default)s")
+    parser.add_argument("--workers", type=positive, default=CORES, help="processes; default: the cores, %(default)s")
     parser.set_defaults(run=_index)
 
 
@@ -177,7 +177,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     reading = parser.add_argument_group("how SRC is read, where it does not show")
     reading.add_argument(
         "--depth",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="class folders lie N levels below SRC, or below its splits; what lies deeper belongs to them",
     )
@@ -201,14 +201,14 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--per-class", type=_positive, metavar="N", help="take only N images of every class of train, val's included"
+        "--per-class", type=positive, metavar="N", help="take only N images of every class of train, val's included"
     )
     parser.add_argument(
-        "--val-per-class", type=_positive, metavar="N", help="make a val split of N images per class of train"
+        "--val-per-class", type=positive, metavar="N", help="make a val split of N images per class of train"
     )
     parser.add_argument(
         "--labels-per-class",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="keep the labels of N images of every class of train only",
     )
@@ -222,10 +222,10 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="samples per shard (1000) or megabytes of source images per shard (128MB); default: %(default)s",
     )
-    parser.add_argument("--workers", type=_positive, help=f"processes; default: the cores, {CORES}")
+    parser.add_argument("--workers", type=positive, help=f"processes; default: the cores, {CORES}")
     parser.add_argument(
         "--max-size",
-        type=_positive,
+        type=positive,
         metavar="PIXELS",
         help="re-encode all as JPEG, upright, the shorter side at most so long; default: stored as they are",
     )
@@ -350,12 +350,6 @@ def _describe(split: Path) -> None:
     except OSError as error:
         lines.append(f"  no picture of its classes: {sheet.FILE} cannot be written ({error.strerror or error})")
     print("\n".join(lines))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
-    return int(text)
 
 
 def _quality(text: str) -> int:

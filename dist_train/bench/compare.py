@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_train.arguments import Parser
+from dist_train.arguments import Parser, positive
 from dist_train.bench import writable
 from dist_train.commands import compare as command
 from dist_train.config_file import dump_config, flat_fields, load_config, make_config
@@ -29,8 +29,8 @@ METRICS = [f"train/exit{number}/{name}" for number in range(1, 6) for name in ("
 def run(arguments: list[str]) -> int:
     """Make runs with synthetic metrics, compare them both ways, print (and with --json write) the seconds."""
     parser = Parser("dist-train bench compare", description="Time a comparison of many runs.")
-    parser.add_argument("--runs", type=int, default=100, help="runs to compare (100)")
-    parser.add_argument("--points", type=int, default=10_000, help="metric points of each run (10000)")
+    parser.add_argument("--runs", type=positive, default=100, help="runs to compare (100)")
+    parser.add_argument("--points", type=positive, default=10_000, help="metric points of each run (10000)")
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the numbers here")
     known = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:

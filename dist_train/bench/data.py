@@ -6,7 +6,6 @@ that end in "bytes" stop at the encoded images.  Each runs in a process of its o
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_train.arguments import Parser
+from dist_train.arguments import Parser, positive
 from dist_train.bench import writable
 from dist_train.config import DataConfig
 from dist_train.data.augment import resized_crops
@@ -42,9 +41,9 @@ def run(arguments: list[str]) -> int:
     parser = Parser("dist-train bench data", description=__doc__, allow_abbrev=False)
     parser.add_argument("--images", type=Path, required=True, metavar="PATH", help="JPEGs: a tar, or a folder")
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the figures there as well")
-    parser.add_argument("--samples", type=_positive, default=3000, metavar="N", help="the images repeated to so many")
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="measurements of every way")
-    parser.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--samples", type=positive, default=3000, metavar="N", help="the images repeated to so many")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="measurements of every way")
+    parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N")
     known = parser.parse_args(arguments)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
@@ -282,13 +281,6 @@ def _text(result: dict[str, Any]) -> str:
             f"  {name:<22} {row['images_per_second']:9.1f} images/s  {1e3 * row['cpu_seconds_per_image']:7.3f} CPU ms/image"
         )
     return "\n".join(lines + [f"  {name:<44} {ratio:.2f}" for name, ratio in result["ratios"].items()])
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
 
 
 if __name__ == "__main__":

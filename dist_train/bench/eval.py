@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.arguments import Parser
+from dist_train.arguments import Parser, positive
 from dist_train.bench import writable
 from dist_train.distributed.group import Group, Ranks
 from dist_train.evaluation.samples import SampleCollector
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="dist-train bench eval", description=__doc__)
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the measurements to this file")
     parser.add_argument("--guarantees", action="store_true", help="time cross-fitted budgets and all guarantees alone")
-    parser.add_argument("--images", type=int, default=IMAGES, help=f"images (default: {IMAGES:,})")
+    parser.add_argument("--images", type=positive, default=IMAGES, help=f"images (default: {IMAGES:,})")
     known = parser.parse_args(arguments)
     result = bench_guarantees(known.images) if known.guarantees else bench_eval(known.images)
     print(guarantees_text(result) if known.guarantees else text(result))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.arguments import Parser
+from dist_train.arguments import Parser, positive
 from dist_train.bench import writable
 from dist_train.bench.operators import count_operators
 from dist_train.bench.peer import load_peer
@@ -61,8 +61,8 @@ def run(arguments: list[str]) -> int:
     parser = Parser("dist-train bench model", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="training steps per timed block")
-    parser.add_argument("--batch", type=int, metavar="N", help="images per training step (default: 64 and 16)")
+    parser.add_argument("--steps", type=positive, default=3, metavar="N", help="training steps per timed block")
+    parser.add_argument("--batch", type=positive, metavar="N", help="images per training step (default: 64 and 16)")
     parser.add_argument(
         "--peer",
         type=Path,

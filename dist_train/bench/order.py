@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_train.arguments import Parser
+from dist_train.arguments import Parser, positive
 from dist_train.bench import writable
 from dist_train.data.passes import epoch_order
 from dist_train.errors import ConfigError
@@ -32,10 +32,12 @@ def run(arguments: list[str]) -> int:
     """``dist-train bench order [--window W] [--samples N --shards S] [--json PATH]``."""
     parser = Parser("dist-train bench order", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--window", type=int, default=16, metavar="W", help="shards shuffled together (data.shuffle_shards)"
+        "--window", type=positive, default=16, metavar="W", help="shards shuffled together (data.shuffle_shards)"
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="default: ImageNet's, and 14 million in 14,000 shards")
-    parser.add_argument("--shards", type=int, metavar="S")
+    parser.add_argument(
+        "--samples", type=positive, metavar="N", help="default: ImageNet's, and 14 million in 14,000 shards"
+    )
+    parser.add_argument("--shards", type=positive, metavar="S")
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the figures there as well")
     known = parser.parse_args(arguments)
     if (known.samples is None) != (known.shards is None):

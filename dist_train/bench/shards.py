@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.arguments import Parser
+from dist_train.arguments import Parser, positive
 from dist_train.bench import writable
 from dist_train.errors import DataError
 from shards import sources
@@ -52,10 +52,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         "--images", type=Path, metavar="PATH", help="tar or folder of JPEGs (default: drawn ones of 110 KB)"
     )
     parser.add_argument(
-        "--count", type=int, default=2000, metavar="N", help="images, repeated until there are N (default: %(default)s)"
+        "--count",
+        type=positive,
+        default=2000,
+        metavar="N",
+        help="images, repeated until there are N (default: %(default)s)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="rounds over all ways (default: %(default)s)"
+        "--rounds", type=positive, default=3, metavar="N", help="rounds over all ways (default: %(default)s)"
     )
     parser.add_argument(
         "--folder", type=Path, metavar="FOLDER", help="where it is written (default: the temporary folder)"

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dist_train.arguments import Parser
+from dist_train.arguments import Parser, positive
 from dist_train.bench import writable
 
 PART = re.compile(r"([a-zA-Z ]+) ([\d.]+) s")
@@ -22,8 +22,8 @@ def run(arguments: list[str]) -> int:
     """``dist-train bench start [--json PATH] [--processes N] [--runs N] [--section.key value]``; medians over the runs."""
     parser = Parser("dist-train bench start", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the figures there as well")
-    parser.add_argument("--processes", type=int, default=2, metavar="N")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs, after one that is not timed")
+    parser.add_argument("--processes", type=positive, default=2, metavar="N")
+    parser.add_argument("--runs", type=positive, default=3, metavar="N", help="timed runs, after one that is not timed")
     known, overrides = parser.parse_known_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         config = _prepare(Path(folder), known.processes)

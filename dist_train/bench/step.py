@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dist_train.arguments import Parser
+from dist_train.arguments import Parser, positive
 from dist_train.bench import writable
 from dist_train.config_file import load_config
 from dist_train.data.pipeline import GlobalBatch
@@ -40,9 +40,9 @@ def run(arguments: list[str]) -> int:
     """``dist-train bench step [--json PATH] [--processes 1 2] [--steps N] [--micro-batch N] [--section.key value]``."""
     parser = Parser("dist-train bench step", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=writable, metavar="PATH", help="write the figures there as well")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N")
-    parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps per timed block")
-    parser.add_argument("--micro-batch", type=int, default=64, metavar="N", help="images per process and step")
+    parser.add_argument("--processes", type=positive, nargs="+", default=[1, 2], metavar="N")
+    parser.add_argument("--steps", type=positive, default=6, metavar="N", help="steps per timed block")
+    parser.add_argument("--micro-batch", type=positive, default=64, metavar="N", help="images per process and step")
     known, overrides = parser.parse_known_args(arguments)
     results = []
     for processes in known.processes:
