@@ -70,12 +70,14 @@ class TarStream:
             start = self._place
             if size < 0 or start + size > self.length:
                 raise DataError(f"{self._path}: is cut off at byte {at}; fetch it again")
+            called = pax.get(b"path") or name or _name(head)
+            # In tars of the seventh edition's kind a folder is a file whose name ends in a slash.
+            if kind == b"\0" and called.endswith(b"/"):
+                kind = b"5"
             # Plain files: of POSIX, of older tars, and contiguous ones, which nobody makes any more.
             if kind in (b"0", b"\0", b"7"):
                 data = self._contents(file, size)
-                yield File(
-                    (pax.get(b"path") or name or _name(head)).decode("utf-8", "surrogateescape"), start, size, data
-                )
+                yield File(called.decode("utf-8", "surrogateescape"), start, size, data)
             # GNU's long names (L) and link targets (K), pax records of the next entry (x) and of all (g).
             elif kind in (b"L", b"x", b"K", b"g"):
                 data = self._contents(file, size)

@@ -134,6 +134,17 @@ def test_names_that_are_digits_are_looked_up_beside_images_without_a_label(unlab
     assert rows(tmp_path / "in/train") == list(zip(IMAGES, ["1", "2", None, "1"]))
 
 
+def test_a_folder_in_an_old_kind_of_tar_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in/a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in [("set/", b""), ("set/0.jpg", IMAGES[0]), ("set/0.cls", b"dog")]:
+            info = tarfile.TarInfo(name)
+            info.type, info.size = tarfile.AREGTYPE, len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert main(["index", str(tmp_path / "in")]) == 0
+    assert rows(tmp_path / "in/train") == [(IMAGES[0], "dog")]
+
+
 def test_splits_by_the_tars_names_and_an_index_elsewhere(tmp_path: Path) -> None:
     pack(tmp_path / "in/imagenet1k-train-0000.tar", list(samples(0, 10)))
     pack(tmp_path / "in/imagenet1k-train-0001.tar", list(samples(0, 7, "JPEG")))  # the same keys once more
