@@ -28,6 +28,10 @@ class Tracker:
         self.folder = config.folder
         self.uri = tracking_uri(config)
         self._state = SyncState(config.folder)
+        self._tags = tags
+        self._ending: dict[str, Any] = {}
+        """How the run ended, for the state."""
+        self._begun = False
         self._open = False
         self._machine: Any = None
         self._warned = False
@@ -39,13 +43,12 @@ class Tracker:
             return
         self._mirror = Mirror(config, config.folder, self.uri, self._state)
         try:
-            self._begin(tags)
-        except OSError as error:
+            self._begin()
+        except OSError as error:  # the thread tries it again
             self._warn(f"tracking.json cannot be written: {error.strerror}")
-            return
         self._thread.start()
 
-    def _begin(self, tags: dict[str, str]) -> None:
+    def _begin(self, late: bool = False) -> None:
         before = self._state.read()
         if before.get("uri") not in (None, self.uri) or not self._state.belongs_to(self.folder):
             self._state.forget_run()
@@ -57,16 +60,18 @@ class Tracker:
         self._state.update(
             uri=self.uri,
             folder=str(self.folder.resolve()),
-            offset=min(before.get("offset", 0), file.st_size if file else 0),
+            # What has been appended since may begin before what was sent then: all is looked at again.
+            offset=0 if late else min(before.get("offset", 0), file.st_size if file else 0),
             inode=inode,
             # What was dropped may have been sent, and comes again.
             repeated=before.get("repeated" if before.get("inode") == inode else "newest", 0),
-            tags=tags,
+            tags=self._tags,
             status="RUNNING",
             complete=False,
             started=before.get("started") or int(time.time() * 1000),
             parent=os.environ.get(PARENT),
         )
+        self._begun = True
 
     @property
     def run_id(self) -> str | None:
@@ -77,8 +82,9 @@ class Tracker:
         """Send what is left, set MLflow's status (FINISHED, FAILED, or RUNNING for a run that will be resumed), and end."""
         if not self._thread.is_alive():
             return
+        self._ending = {"status": status, "ended": int(time.time() * 1000)}
         with contextlib.suppress(OSError):
-            self._state.update(status=status, ended=int(time.time() * 1000))
+            self._state.update(**self._ending)
         # MLflow's import takes long where all cores are at work: that is no server that hangs, and has a wait of its own.
         self._imported.wait(timeout)
         self._stop.set()
@@ -105,6 +111,8 @@ class Tracker:
 
     def _try(self, send: Callable[[], None]) -> bool:
         try:
+            if not self._begun:
+                self._begin(late=True)
             if not self._open:
                 self._mirror.open()
                 self._open = True
@@ -128,6 +136,7 @@ class Tracker:
                 self._machine = watch_machine(self.uri, self.run_id)
 
     def _finish(self) -> None:
+        self._state.update(**self._ending)  # once more: where the disk was full, it is not there yet
         self._mirror.send()
         self._leave_machine()
         self._mirror.finish()

@@ -17,7 +17,7 @@ from dist_train.config_file import dump_config, make_config
 from dist_train.errors import TrackingError
 from dist_train.tracking.metrics import MetricsFile, read_metrics
 from dist_train.tracking.mirror import Mirror, SyncState, sync
-from dist_train.tracking.mlflow import PARENT, create_parent
+from dist_train.tracking.mlflow import PARENT, connect, create_parent, experiment_name
 from dist_train.tracking.tracker import Tracker
 from tests.common import LIMIT, ROOT, SMALL_MODEL, MLflowServer
 
@@ -191,6 +191,26 @@ def test_a_step_that_is_computed_twice_is_in_mlflow_once(tracked, tmp_path, star
     assert found["loss"] == sorted([(7, 0.1), *((step, 1 / (step + 1)) for step in range(1, 13))])
     assert found["speed/images_per_second"] == [(step, (100 if step < 10 else 200) + step) for step in range(1, 13)]
     assert [step for step, _ in found["norm"]] == list(range(1, 13))
+
+
+def test_a_state_that_cannot_be_written_at_the_start_is_written_later(tmp_path):
+    """A file system that is away for a moment costs no run its mirror."""
+    fields = {"name": "run", "runs": str(tmp_path), "data": {"shards": "d"}}
+    config = make_config(fields | {"tracking": {"uri": f"sqlite:///{tmp_path}/store.db"}})
+    (config.folder / "tracking.json").mkdir(parents=True)
+    (config.folder / "config.yaml").write_text(dump_config(config))
+    file = MetricsFile(config.folder / "metrics.jsonl")
+    tracker = Tracker(config, {"command": "dist-train train"})
+    for step in range(1, 4):
+        file.add(step, step, {"loss": 1 / step})
+    file.flush()
+    assert tracker.run_id is None
+    (config.folder / "tracking.json").rmdir()
+    tracker.close("FINISHED")
+    sent = sync(config.folder)
+    assert (sent.status, sent.lines, sent.run_id) == ("FINISHED", 0, tracker.run_id)
+    points = connect(sent.uri, experiment_name(config))[0].get_metric_history(sent.run_id, "loss")
+    assert [(point.step, point.value) for point in points] == [(step, 1 / step) for step in range(1, 4)]
 
 
 def test_what_two_threads_write_down_of_a_run_is_both_kept(tmp_path):
