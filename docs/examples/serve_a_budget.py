@@ -16,6 +16,8 @@ from dist_train import Predictor
 from dist_train.evaluation.thresholds import point_for_budget
 from dist_train.prediction.images import find_images
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 run, *images = sys.argv[1:]
 report = json.loads(Path(run, "report.json").read_text())
 

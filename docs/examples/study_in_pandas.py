@@ -15,6 +15,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 study = Path(sys.argv[1])
 exits, lines = [], []
 for report in sorted(study.glob("*/report.json")):
