@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -70,7 +70,7 @@ def attach_exits(
         attached = AttachedExits(network, at, nn.ModuleList(heads), num_classes).eval()
         if not (images.is_meta or isinstance(images, FakeTensor)):  # which have shapes, but no values to compare
             _check_iteration(attached, images)
-            attached.find_shared(images)
+            attached.count_rows(images)
     # The network's modules have their modes back; the heads are new.
     attached.heads.train(network.training)
     attached.training = network.training
@@ -89,7 +89,7 @@ class AttachedExits(MultiExitNetwork):
         self._at = tuple(at)
         self._logits: list[Tensor] | None = None
         self._wanted: int | None = None
-        self._shared: frozenset[_Place] = frozenset()
+        self._rows: dict[_Place, int] = {}
         for number, name in enumerate(at):
             network.get_submodule(name).register_forward_hook(partial(self._at_exit, number))
 
@@ -107,7 +107,7 @@ class AttachedExits(MultiExitNetwork):
         Going on runs the network's own ``forward`` again, with what its submodules gave before: none of them computes
         twice, only operations between them do (an addition, a reshape).
         """
-        memory = _Memory(_outermost(self.network, self._at), self._shared)
+        memory = _Memory(_outermost(self.network, self._at), self._rows)
         for number in range(self.num_exits):
             logits = self._run_to(number, images, memory)
             rows = yield logits
@@ -116,19 +116,20 @@ class AttachedExits(MultiExitNetwork):
                 images = images[rows]
 
     @torch.no_grad()
-    def find_shared(self, images: Tensor) -> None:
-        """Note which tensors between the submodules have no row per image, such as tables of positions, in two trial runs.
+    def count_rows(self, images: Tensor) -> None:
+        """Count the rows per image of the tensors between the submodules, in two trial runs.
 
-        Rows are never taken from those, whatever their length.
+        Most have one; windows of an image have several, and a table of positions, which belongs to no image, has none,
+        whatever its length.
         """
         lengths = []
-        # With one more image, only what belongs to no image keeps its length.
         for batch in (images, torch.cat([images, images[:1]])):
             memory = _Memory(_outermost(self.network, self._at))
             with memory:
                 self.network(batch)
             lengths.append(memory.lengths())
-        self._shared = frozenset(place for place, length in lengths[0].items() if lengths[1].get(place) == length)
+        # What one more image adds is what each of them has.
+        self._rows = {place: lengths[1].get(place, length) - length for place, length in lengths[0].items()}
 
     def _run_to(self, number: int, images: Tensor, memory: _Memory) -> Tensor:
         self._wanted = number
@@ -149,7 +150,7 @@ class AttachedExits(MultiExitNetwork):
     def _at_exit(self, number: int, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._wanted == number:
             raise _Reached(self.heads[number](_first_tensor(output)))
-        # Another pass than a whole one or one to an exit, such as those of find_shared, needs no logits.
+        # Another pass than a whole one or one to an exit, such as those of count_rows, needs no logits.
         if self._wanted is None and self._logits is not None:
             self._logits.append(self.heads[number](_first_tensor(output)))
 
@@ -169,16 +170,20 @@ _Place = tuple[int, ...]
 class _Memory:
     """Inside of it, calls of the given modules that were made in an earlier pass give what they gave then."""
 
-    def __init__(self, modules: Sequence[nn.Module], shared: frozenset[_Place] = frozenset()) -> None:
+    def __init__(self, modules: Sequence[nn.Module], rows: Mapping[_Place, int] = MappingProxyType({})) -> None:
         self._modules = modules
-        self._shared = shared
+        self._rows = rows
         self._outputs: dict[tuple[int, int], Any] = {}  # by module and number of its call in the pass
 
     def keep(self, rows: Tensor, batch: int) -> None:
-        """Drop all other rows of a batch from what is remembered."""
+        """Drop what belongs to other images of a batch from what is remembered."""
 
         def select(place: _Place, value: Tensor) -> Tensor:
-            return value[rows] if value.dim() and len(value) == batch and place not in self._shared else value
+            each = self._rows.get(place, 1)
+            if not each or not value.dim() or len(value) != each * batch:
+                return value
+            # The rows of an image lie together, as view(batch, -1) makes them.
+            return value[rows] if each == 1 else value.reshape(batch, each, *value.shape[1:])[rows].flatten(0, 1)
 
         self._outputs = {key: _map(select, key, value) for key, value in self._outputs.items()}
 

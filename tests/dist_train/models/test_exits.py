@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -182,51 +182,6 @@ def test_rows_can_leave_between_exits(network: nn.Module) -> None:
     torch.testing.assert_close(next(iteration), whole[0])
     torch.testing.assert_close(iteration.send(torch.tensor([0, 3, 5])), whole[1][[0, 3, 5]], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(iteration.send(torch.tensor([2])), whole[2][[5]], rtol=1e-4, atol=1e-5)
-
-
-class Table(nn.Module):
-    """Four rows that belong to no image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(torch.randn(4, 8))
-
-    def forward(self) -> Tensor:
-        return self.rows
-
-
-class WithTable(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.table, self.exit, self.end = nn.Conv2d(3, 8, 3), Table(), nn.Identity(), nn.Linear(8, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        rows = self.table()
-        tokens = self.exit(self.stem(images).flatten(2).transpose(1, 2))
-        return cast(Tensor, self.end((tokens[:, :4] + rows).tanh().mean(1)))
-
-
-@torch.no_grad()
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["named tuple", "dictionary", "of a library"])
-def test_rows_leave_outputs_that_have_names(kind: str) -> None:
-    network = attach_exits(NamedOutputs(named_outputs()[kind]), ["blocks.0", "blocks.2"], 5, image_size=32).eval()
-    images = torch.randn(6, 3, 32, 32)
-    whole = network(images)
-    iteration = network.iter_exits(images)
-    torch.testing.assert_close(next(iteration), whole[0])
-    torch.testing.assert_close(iteration.send(torch.tensor([0, 2, 3, 5])), whole[1][[0, 2, 3, 5]])
-    torch.testing.assert_close(iteration.send(torch.tensor([1, 2])), whole[2][[2, 3]])
-
-
-@pytest.mark.parametrize("images", [3, 4])
-def test_what_has_as_many_rows_as_there_are_images_is_no_row_per_image(images: int) -> None:
-    network = attach_exits(WithTable(), ["exit"], 10, image_size=16).eval()
-    batch = torch.randn(images, 3, 16, 16)
-    for rows in ([1], [0, 2]):
-        iteration = network.iter_exits(batch)
-        next(iteration)
-        torch.testing.assert_close(iteration.send(torch.tensor(rows)), network(batch)[1][rows])
 
 
 @torch.no_grad()
