@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
@@ -240,6 +241,7 @@ class Mirror:
         """Send the whole lines of metrics.jsonl that MLflow does not have yet; returns how many."""
         sent = 0
         state = self.state.read()
+        known = _Known(self._client, state)
         path = self.folder / "metrics.jsonl"
         while path.exists():
             with path.open("rb") as file:
@@ -247,35 +249,21 @@ class Mirror:
                 # Another file: a run that resumed has dropped lines, perhaps late, after a full disk.  All is sent again.
                 if inode != state.get("inode"):
                     state |= {"inode": inode, "offset": 0, "repeated": state.get("newest", 0)}
+                    known = _Known(self._client, state)
                 entries, offset = read_new(file, state["offset"], BYTES_PER_READ)
             if offset == state["offset"]:
                 break
             points = [(k, v, e["t"], e["step"]) for e in entries for k, v in e["metrics"].items()]
-            log_points(self._client, state["run_id"], self._new(points, state["run_id"], state.get("repeated", 0)))
+            newest = max([state.get("newest", 0), *(entry["step"] for entry in entries)])
+            if newest > state.get("newest", 0):
+                # Before they are sent: a run that is killed just then computes steps again that MLflow has.
+                self.state.update(newest=newest)
+            log_points(self._client, state["run_id"], [point for point in points if known.lacks(point)])
             sent += len(entries)
-            state["offset"] = offset
-            state["newest"] = max([state.get("newest", 0), *(entry["step"] for entry in entries)])
+            state |= {"offset": offset, "newest": newest}
             # After every request, so that a kill repeats one of them at most; MLflow ignores what comes twice.
-            self.state.update(**{key: state.get(key, 0) for key in ("offset", "inode", "newest", "repeated")})
+            self.state.update(offset=offset, inode=inode, repeated=state.get("repeated", 0))
         return sent
-
-    def _new(self, points: list[Point], run_id: str, repeated: int) -> list[Point]:
-        """Those of the points that MLflow does not have: a run that was killed computes the steps after its checkpoint again.
-
-        It cannot delete the points of the first time, which are the same but for their time, and for what is of the machine.
-        """
-        there: dict[str, dict[int, set[str]]] = {}
-        for key in {key for key, _, _, step in points if step <= repeated}:
-            there[key] = {}
-            for step, value in logged_points(self._client, run_id, key):
-                there[key].setdefault(step, set()).add(repr(float(value)))
-
-        def is_new(point: Point) -> bool:
-            key, value, _, step = point
-            values = there.get(key, {}).get(step, set()) if step <= repeated else set()
-            return not values if key.startswith(OF_THE_MACHINE) else repr(float(value)) not in values
-
-        return [point for point in points if is_new(point)]
 
     def finish(self) -> None:
         """Send the report, the checkpoints that are kept, and how the run ended, if it has."""
@@ -304,12 +292,53 @@ class Mirror:
         for name in models.keys() - kept.keys():
             forget_checkpoint(self._client, models[name])
         sent = {}
+        known = _Known(self._client, state)
         # Those that are there already as well: a checkpoint of a stop is validated by the start that resumes from it.
         for name, path in kept.items():
             step = int(name.rpartition("-")[2])
-            points = validations.get(step, [])
+            # MLflow makes them points of the run as well, so they have the times that it knows.
+            points = [known.as_logged(point) for point in validations.get(step, [])]
             sent[name] = log_checkpoint(self._client, state["run_id"], path.resolve(), step, points)
         self.state.update(models=sent)
+
+
+class _Known:
+    """The points that MLflow has of steps that may be told of twice: a run that was killed computes those after its checkpoint again.
+
+    MLflow cannot delete the points of the first time, which are the same but for their time, and for what is of the machine.
+    """
+
+    def __init__(self, client: Any, state: Mapping[str, Any]) -> None:
+        self._client, self._run_id, self._repeated = client, state["run_id"], state.get("repeated", 0)
+        self._points: dict[str, dict[int, dict[str, int]]] = {}
+
+    def lacks(self, point: Point) -> bool:
+        """Whether MLflow does not have a point."""
+        key, value, _, step = point
+        known = self._times(key, step)
+        return not known if key.startswith(OF_THE_MACHINE) else _text(value) not in known
+
+    def as_logged(self, point: Point) -> Point:
+        """A point with the time at which MLflow has it, where it does."""
+        key, value, milliseconds, step = point
+        return key, value, self._times(key, step).get(_text(value), milliseconds), step
+
+    def _times(self, key: str, step: int) -> dict[str, int]:
+        """Of the points of a metric at a step: when each value was logged."""
+        if step > self._repeated:
+            return {}
+        if key not in self._points:  # asked for once: a long run has long histories
+            found: dict[int, dict[str, int]] = {}
+            for logged, value, milliseconds in logged_points(self._client, self._run_id, key):
+                found.setdefault(logged, {})[_text(value)] = milliseconds
+            self._points[key] = found
+        return self._points[key].get(step, {})
+
+
+def _text(value: float) -> str:
+    """A value as it comes back from MLflow, whose databases have no infinity; as text, because NaN is no equal of its own."""
+    most = sys.float_info.max
+    return repr(min(max(float(value), -most), most))
 
 
 def run_note(command: str, report: Mapping[str, Any]) -> str:

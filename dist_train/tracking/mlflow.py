@@ -234,9 +234,9 @@ def log_points(client: Any, run_id: str, points: Iterable[tuple[str, float, int,
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
 
 
-def logged_points(client: Any, run_id: str, key: str) -> list[tuple[int, float]]:
-    """(step, value) of all points of a metric that a run has."""
-    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+def logged_points(client: Any, run_id: str, key: str) -> list[tuple[int, float, int]]:
+    """(step, value, milliseconds) of all points of a metric that a run has."""
+    return [(point.step, point.value, point.timestamp) for point in client.get_metric_history(run_id, key)]
 
 
 def log_report(

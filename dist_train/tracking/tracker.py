@@ -48,28 +48,27 @@ class Tracker:
             self._warn(f"tracking.json cannot be written: {error.strerror}")
         self._thread.start()
 
-    def _begin(self, late: bool = False) -> None:
+    def _begin(self) -> None:
         before = self._state.read()
         if before.get("uri") not in (None, self.uri) or not self._state.belongs_to(self.folder):
             self._state.forget_run()
             before = {}
-        # A resume truncates metrics.jsonl to its checkpoint; what remains of the file was sent before.
         path = self.folder / "metrics.jsonl"
         file = path.stat() if path.exists() else None
         inode = file.st_ino if file else None
         self._state.update(
             uri=self.uri,
             folder=str(self.folder.resolve()),
-            # What has been appended since may begin before what was sent then: all is looked at again.
-            offset=0 if late else min(before.get("offset", 0), file.st_size if file else 0),
+            # A resume that drops lines writes another file, in which an offset means nothing.  All is sent again, but for
+            # what MLflow has.
+            offset=before.get("offset", 0) if before.get("inode") == inode else 0,
             inode=inode,
-            # What was dropped may have been sent, and comes again.
             repeated=before.get("repeated" if before.get("inode") == inode else "newest", 0),
             tags=self._tags,
-            status="RUNNING",
             complete=False,
             started=before.get("started") or int(time.time() * 1000),
             parent=os.environ.get(PARENT),
+            **{"status": "RUNNING", **self._ending},
         )
         self._begun = True
 
@@ -112,7 +111,7 @@ class Tracker:
     def _try(self, send: Callable[[], None]) -> bool:
         try:
             if not self._begun:
-                self._begin(late=True)
+                self._begin()
             if not self._open:
                 self._mirror.open()
                 self._open = True

@@ -15,9 +15,10 @@ import pytest
 
 from dist_train.config_file import dump_config, make_config
 from dist_train.errors import TrackingError
+from dist_train.tracking import mirror as mirror_module
 from dist_train.tracking.metrics import MetricsFile, read_metrics
 from dist_train.tracking.mirror import Mirror, SyncState, sync
-from dist_train.tracking.mlflow import PARENT, connect, create_parent, experiment_name
+from dist_train.tracking.mlflow import PARENT, connect, create_parent, experiment_name, log_points
 from dist_train.tracking.tracker import Tracker
 from tests.common import LIMIT, ROOT, SMALL_MODEL, MLflowServer
 
@@ -160,37 +161,57 @@ def test_metrics_that_were_rewound_after_the_mirror_began_are_sent(tracked, tmp_
     assert mirror.send() == 0
 
 
-@pytest.mark.parametrize("starts_again", [False, True])
-def test_a_step_that_is_computed_twice_is_in_mlflow_once(tracked, tmp_path, starts_again):
+@pytest.mark.parametrize("kind", ["late", "starts again", "killed while sending"])
+def test_a_step_that_is_computed_twice_is_in_mlflow_once(tracked, tmp_path, monkeypatch, kind):
     """After a kill; but where its numbers are others, because a setting was changed, MLflow has both."""
     file = MetricsFile(tmp_path / "run" / "metrics.jsonl")
+    (tmp_path / "run" / "checkpoints" / "step-00000008").mkdir(parents=True)
 
     def log(batches, speed, changed=()):
         for batch in batches:
             loss = 0.1 if batch in changed else 1 / (batch + 1)
-            file.add(batch, batch, {"loss": loss, "speed/images_per_second": speed + batch, "norm": float("nan")})
+            more = {"norm": float("nan"), "largest": float("inf"), "speed/images_per_second": speed + batch}
+            file.add(batch, batch, {"loss": loss} | more)
+            if batch == 8:
+                file.add(batch, batch, {"val/mean_top1": 0.5})
         file.flush()
 
-    log(range(1, 10), speed=100)
+    def killed(*arguments):
+        log_points(*arguments)
+        raise KeyboardInterrupt  # MLflow has the points, and the state does not say so
+
     mirror = tracked(0.1)
-    assert mirror.send() == 9
+    if kind == "killed while sending":
+        log(range(1, 4), speed=100)
+        assert mirror.send() == 3
+        log(range(4, 10), speed=100)
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror_module, "log_points", killed)
+            with pytest.raises(KeyboardInterrupt):
+                mirror.send()
+    else:
+        log(range(1, 10), speed=100)
+        assert mirror.send() == 10  # lines
     time.sleep(0.01)  # so that the same step has another time
     file.rewind(4, evaluates=False)
-    tracker = Tracker(mirror.config, {"command": "dist-train train"}) if starts_again else None
+    tracker = Tracker(mirror.config, {"command": "dist-train train"}) if kind != "late" else None
     log(range(5, 13), speed=200, changed=[7])
     if tracker:
         tracker.close("FINISHED")
         assert mirror.state.read()["complete"]
     else:
         mirror.send()
+        mirror.finish()
     run = run_of(mirror).info.run_id
-    found = {
-        key: sorted((point.step, point.value) for point in mirror._client.get_metric_history(run, key))
-        for key in ("loss", "speed/images_per_second", "norm")
-    }
-    assert found["loss"] == sorted([(7, 0.1), *((step, 1 / (step + 1)) for step in range(1, 13))])
-    assert found["speed/images_per_second"] == [(step, (100 if step < 10 else 200) + step) for step in range(1, 13)]
-    assert [step for step, _ in found["norm"]] == list(range(1, 13))
+
+    def found(key):
+        return sorted((point.step, point.value) for point in mirror._client.get_metric_history(run, key))
+
+    assert found("loss") == sorted([(7, 0.1), *((step, 1 / (step + 1)) for step in range(1, 13))])
+    assert found("speed/images_per_second") == [(step, (100 if step < 10 else 200) + step) for step in range(1, 13)]
+    assert [step for step, _ in found("norm")] == [step for step, _ in found("largest")] == list(range(1, 13))
+    # The checkpoint of step 8 has it as well, which makes it no second point of the run.
+    assert found("val/mean_top1") == [(8, 0.5)]
 
 
 def test_a_state_that_cannot_be_written_at_the_start_is_written_later(tmp_path):
