@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Collection
-from numbers import Integral
+from numbers import Integral, Real
 from types import UnionType
 
 from dist_train.errors import ConfigError
@@ -26,6 +26,12 @@ def check_counts(**given: object) -> None:
     """Raise ConfigError where one of these is no integer of at least 1."""
     for name, value in given.items():
         check_count(name, value)
+
+
+def check_number(name: str, given: object, low: float, high: float) -> None:
+    """Raise ConfigError for what is no number, or not between these."""
+    if isinstance(given, bool) or not isinstance(given, Real) or not low <= float(given) <= high:
+        raise ConfigError(f"{name} is {_short(given)}; give a number from {low:g} to {high:g}")
 
 
 def check_choice(name: str, given: object, allowed: Collection[object]) -> None:

@@ -19,8 +19,9 @@ Columns = Mapping[str, Any]
 
 
 _MEMORY = re.compile(r"memory|bad_alloc", re.IGNORECASE)
+"""What DALI's errors speak of when there is no memory, on the host or on a GPU."""
 _DEVICE = re.compile(r"cuda|nvjpeg|nvml|driver", re.IGNORECASE)
-"""What DALI's errors speak of when they are not about an image."""
+"""What they speak of when the machine is at fault."""
 
 
 class Decoder:
@@ -69,7 +70,7 @@ class Decoder:
             except StopIteration:
                 break
             except RuntimeError as error:
-                if _DEVICE.search(words_of(error)):
+                if _DEVICE.search(words_of(error)) and not is_out_of_memory(error):
                     raise DeviceError(machine_fault(error)) from None
                 result = error
             pipeline.release_outputs()

@@ -116,8 +116,7 @@ def open_index(data: DataConfig, split: str, kept: Mapping[str, Sequence[int]] |
             index = _load(folder, kept)
         except DataError as error:
             raise DataError(
-                f"{place}: cannot be used as it comes from there; look whether its files are whole, and whether the server gives them "
-                f"unchanged ({error})"
+                f"{error} (as it comes from {place}; look whether its files are whole there, and whether the server gives them unchanged)"
             ) from None
     # One without the images of its quarantine list has whole names.
     root = folder.resolve()

@@ -81,7 +81,9 @@ class Ranks:
     def compute_on_cores(self) -> None:
         """Have PyTorch compute on the cores of this process; ``OMP_NUM_THREADS``, where it is set, has decided already."""
         # On a machine that others use as well, threads of one operation that wait for each other take many times as long.
-        if not os.environ.get("OMP_NUM_THREADS"):
+        wanted = os.environ.get("OMP_NUM_THREADS")
+        # torchrun sets it to 1 by itself, whatever the number of cores.
+        if not wanted or (wanted == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
             torch.set_num_threads(self.threads)
 
     def pin(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dist_train.checks import check_kind
+from dist_train.checks import check_count, check_kind
 from dist_train.config import LossConfig
 from dist_train.errors import ConfigError, DataError
 from dist_train.loss.decoupled import decoupled_loss
@@ -85,7 +85,7 @@ class ExitDistillation(nn.Module):
     def __init__(self, config: LossConfig, num_exits: int) -> None:
         super().__init__()
         check_kind("config", config, LossConfig, "give a LossConfig of dist_train.config")
-        check_kind("num_exits", num_exits, int, "give the network's number of exits")
+        check_count("num_exits", num_exits, least=0)
         outside = len(config.outside_teachers)
         if not 1 <= num_exits <= MAX_EXITS - outside:
             others = f" beside {outside} outside teachers" if outside else ""

@@ -117,19 +117,25 @@ class AttachedExits(MultiExitNetwork):
 
     @torch.no_grad()
     def count_rows(self, images: Tensor) -> None:
-        """Count the rows per image of the tensors between the submodules, in two trial runs.
+        """Count the rows per image of the tensors between the submodules, in three trial runs of two and three images.
 
         Most have one; windows of an image have several, and a table of positions, which belongs to no image, has none,
-        whatever its length.
+        whatever its length.  Where the rows of an image do not lie together they are not known apart.
         """
-        lengths = []
-        for batch in (images, torch.cat([images, images[:1]])):
+        found = []
+        for batch in (images, torch.cat([images, images[:1]]), images.flip(0)):
             memory = _Memory(_outermost(self.network, self._at))
             with memory:
                 self.network(batch)
-            lengths.append(memory.lengths())
+            found.append(memory.tensors())
+        first, longer, turned = found
         # What one more image adds is what each of them has.
-        self._rows = {place: lengths[1].get(place, length) - length for place, length in lengths[0].items()}
+        self._rows = {
+            place: len(longer.get(place, value)) - len(value) for place, value in first.items() if value.dim()
+        }
+        for place, each in self._rows.items():
+            if each > 1 and not _together(first[place], turned.get(place), each):
+                self._rows[place] = _APART
 
     def _run_to(self, number: int, images: Tensor, memory: _Memory) -> Tensor:
         self._wanted = number
@@ -167,6 +173,10 @@ _Place = tuple[int, ...]
 """Of a tensor that a module gave: module, number of its call in the pass, and the indices in what it gave."""
 
 
+_APART = -1
+"""Stands for a number of rows per image that do not lie together."""
+
+
 class _Memory:
     """Inside of it, calls of the given modules that were made in an earlier pass give what they gave then."""
 
@@ -180,6 +190,11 @@ class _Memory:
 
         def select(place: _Place, value: Tensor) -> Tensor:
             each = self._rows.get(place, 1)
+            if each == _APART:
+                raise ConfigError(
+                    f"the {type(self._modules[place[0]]).__name__} beside an exit gives several rows per image, which do not lie together, so "
+                    "images cannot leave there; name exits that are not inside of the module around it"
+                )
             if not each or not value.dim() or len(value) != each * batch:
                 return value
             # The rows of an image lie together, as view(batch, -1) makes them.
@@ -187,12 +202,12 @@ class _Memory:
 
         self._outputs = {key: _map(select, key, value) for key, value in self._outputs.items()}
 
-    def lengths(self) -> dict[_Place, int]:
-        """The first size of every tensor that is remembered."""
-        found: dict[_Place, int] = {}
+    def tensors(self) -> dict[_Place, Tensor]:
+        """Every tensor that is remembered."""
+        found: dict[_Place, Tensor] = {}
 
         def note(place: _Place, value: Tensor) -> Tensor:
-            found[place] = len(value) if value.dim() else 0
+            found[place] = value
             return value
 
         for key, value in self._outputs.items():
@@ -305,6 +320,14 @@ def _check_iteration(attached: AttachedExits, images: Tensor) -> None:
                     f"exit {number} differs when the network is stopped before it: the network changes tensors in place "
                     "between its submodules (such as x += y); name exits that are not inside of such a module"
                 )
+
+
+def _together(value: Tensor, turned: Tensor | None, each: int) -> bool:
+    """Whether the rows of an image lie together: those of two images, given in the other order, change places as a whole."""
+    if turned is None or turned.shape != value.shape or len(value) != 2 * each:
+        return False
+    value, halves = value.float(), torch.cat([turned[each:], turned[:each]]).float()
+    return torch.allclose(value, halves, rtol=1e-2, atol=1e-3 * float(value.abs().max()))
 
 
 def _make_head(name: str, shape: torch.Size, num_classes: int, head: Pooling | HeadMaker) -> nn.Module:

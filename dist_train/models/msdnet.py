@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from dist_train.checks import check_choice, check_count, check_counts, check_kind
+from dist_train.checks import check_choice, check_count, check_counts, check_number
 from dist_train.errors import ConfigError
 from dist_train.models.cells import (
     BatchNorm,
@@ -101,8 +101,7 @@ class MSDNet(MultiExitNetwork):
         check_choice("prune", prune, get_args(Prune))
         check_choice("stem", stem, get_args(Stem))
         check_choice("dialect", dialect, get_args(Dialect))
-        if not (isinstance(reduction, float | int) and 0 <= reduction <= 1):
-            raise ConfigError(f"reduction is {reduction!r}; give a number from 0 to 1")
+        check_number("reduction", reduction, 0, 1)
         self.num_exits = exits
         self.num_classes = num_classes
         self.dialect = dialect
@@ -224,7 +223,8 @@ class _Widths:
             factors = getattr(self, name)
             if factors is None:
                 continue
-            check_kind(name, factors, list | tuple, "give a list of one factor per scale")
+            if isinstance(factors, str) or not hasattr(factors, "__len__"):
+                raise ConfigError(f"{name} is {factors!r}; give a list of one factor per scale")
             if len(factors) != self.scales:
                 raise ConfigError(f"{name} are {list(factors)}, but scales is {self.scales}; give one factor per scale")
             for factor in factors:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor
 from dist_train.checks import check_count, check_kind
 from dist_train.config import DataConfig
 from dist_train.data.augment import parameters
-from dist_train.data.decode import Decoder, words_of
+from dist_train.data.decode import Decoder, is_out_of_memory, machine_fault, words_of
 from dist_train.distributed.group import Ranks
-from dist_train.errors import ConfigError, DataError
+from dist_train.errors import ConfigError, DataError, DeviceError
 from dist_train.models.cost import exit_costs
 from dist_train.precision import autocast
 from dist_train.prediction.confidence import confidence
@@ -96,7 +97,7 @@ class Predictor:
         check_count("batch", batch)
         check_count("expected", expected or 0, least=0)
         check_kind("reference", reference, Reference | None, "give that of a point of a report, or None")
-        check_kind("deadline_ms", deadline_ms, float | int | None, "give milliseconds")
+        check_kind("deadline_ms", deadline_ms, Real | None, "give milliseconds")
         batch = min(batch, expected or batch)  # the decoder and the timing allocate whole batches
         if deadline_ms is not None and policy is not None:
             raise ConfigError(f"a policy and a deadline of {deadline_ms:g} ms are given; give one of them")
@@ -228,6 +229,8 @@ class Predictor:
                 (image,) = self._single.run([_join([column])])
                 if isinstance(image, Tensor):
                     singles.append((name, image.clone()))
+                elif is_out_of_memory(image):  # the size is what the file itself says
+                    raise DeviceError(machine_fault(image))
                 else:
                     self._note(name, f"the decoder cannot read it ({words_of(image)})")
             if not singles:

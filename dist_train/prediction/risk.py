@@ -10,9 +10,9 @@ where Hoeffding-Bentkus bounds it (Bates et al., "Distribution-free, risk-contro
 section 3.1).  Of ``gap``, a difference of two shares of the same images, it is that of an exact test for pairs
 (:mod:`dist_train.prediction.paired`).  Of ``cost``, a share of the last exit's, it is one over the largest wealth of a bet
 against the null hypothesis (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting", JRSS B 2023,
-section 4), which profits from a small variance.  All hold for any number of images that are drawn independently; as many of
-every class, as calibration images are, scatter less than that (for the binomial tail: Hoeffding, Annals of Mathematical
-Statistics 1956, theorem 4), and the risk is then that of equally frequent classes.
+section 4), which profits from a small variance.  All hold for any number of images that are drawn independently.  Calibration
+images are as many of every class, and the risk is then that of equally frequent classes; such images scatter less, which is
+proven for the binomial tail (Hoeffding, Annals of Mathematical Statistics 1956, theorem 4) and not for the other two.
 """
 
 from __future__ import annotations
@@ -194,7 +194,9 @@ def images_needed(risk: Risk, loss: Floats, epsilon: float, delta: float) -> int
         if risk in ("consistency", "error"):  # by their rate: a rounding of few losses would decide
             return float(binom.cdf(math.floor(loss.mean() * count), count, epsilon)) <= delta
         if risk == "gap":
-            worse, better = math.ceil((loss > 0).mean() * count), math.floor((loss < 0).mean() * count)
+            # Without the noise of a product of floats: 0.07 * 100 is above 7.
+            worse = math.ceil(round((loss > 0).mean() * count, 9))
+            better = min(math.floor(round((loss < 0).mean() * count, 9)), count - worse)
             return paired_p_value(worse, better, count, epsilon, delta) <= delta
         # np.resize repeats the losses up to this number.
         return p_value(risk, np.resize(loss, count), epsilon, delta) <= delta

@@ -104,7 +104,7 @@ def _check_numbers(name: str, given: Sequence[float]) -> None:
     """Raise ConfigError for what is no list of numbers, or holds NaN."""
     try:
         unknown = any(math.isnan(given[index]) for index in range(len(given)))
-    except TypeError:
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise ConfigError(f"{name} are {given!r}; give a list of numbers, one per exit") from None
     if unknown:
         raise ConfigError(f"{name} are {list(given)}; allowed are numbers and infinity")

@@ -48,7 +48,7 @@ WRONG = [
     (lambda: msdnet(prune="foo"), "prune is 'foo'; use one of min, max, none"),
     (lambda: msdnet(stem=64), "stem is 64; use one of 32, 224"),
     (lambda: msdnet(reduction=2.0), "reduction is 2.0; give a number from 0 to 1"),
-    (lambda: msdnet(growth_factors=5), "growth_factors is 5, of type int; give a list of one factor per scale"),
+    (lambda: msdnet(growth_factors=5), "growth_factors is 5; give a list of one factor per scale"),
     (lambda: msdnet(growth_factors=[1, 2, 0]), "a number of growth_factors is 0"),
     (lambda: attached("0"), "at is '0', of type str; give a list of names of submodules"),
     (lambda: attached([0]), "there is no submodule 0 for an exit; the nearest is '0'"),

@@ -80,7 +80,9 @@ def test_an_index_that_comes_in_parts_is_said_to_come_from_there(server: Server,
     for name in ("index.json", "index.bin", "quarantine.json"):
         server.counts.clear()
         server.damaged = {f"/train/{name}": 10}
-        with pytest.raises(DataError, match=f"{server.url}/train: cannot be used as it comes from there; look whether"):
+        with pytest.raises(
+            DataError, match=rf"\(as it comes from {server.url}/train; look whether its files are whole"
+        ):
             open_index(DataConfig(shards=server.url, cache=tmp_path / name), "train")
 
 

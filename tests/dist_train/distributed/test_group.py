@@ -82,11 +82,16 @@ def peers(address):
 def test_pytorch_computes_on_the_cores_of_a_process_unless_omp_num_threads_says_otherwise(monkeypatch):
     ranks, before = Ranks(0, 1, 0, 1), torch.get_num_threads()
     try:
-        for variable, expected in (("7", 5), ("", ranks.threads)):
+        for variable, expected in (("7", 5), ("1", 5), ("", ranks.threads)):
             torch.set_num_threads(5)
             monkeypatch.setenv("OMP_NUM_THREADS", variable)
             ranks.compute_on_cores()
             assert torch.get_num_threads() == expected
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun does where nobody has set it
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        torch.set_num_threads(5)
+        ranks.compute_on_cores()
+        assert torch.get_num_threads() == ranks.threads
     finally:
         torch.set_num_threads(before)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_train.errors import ConfigError
 from dist_train.models import attach_exits
 from tests.dist_train.models.test_exits import NamedOutputs, named_outputs
 
@@ -54,6 +55,32 @@ class WithWindows(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.end(self.block(self.stem(images).flatten(2).transpose(1, 2)).mean(1)))
+
+
+class Halved(Windowed):
+    """The halves of all images one after the other: those of an image do not lie together."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        first, second = self.inside(torch.cat([tokens, tokens.flip(1)])).chunk(2)
+        return self.exit(tokens + first) + self.mixed(second)
+
+
+@torch.no_grad()
+def test_images_do_not_leave_where_their_rows_do_not_lie_together() -> None:
+    network = WithWindows()
+    network.block = Halved()
+    attached = attach_exits(network, ["block.exit"], 10, image_size=16).eval()
+    images = torch.randn(3, 3, 16, 16)
+    whole = attached(images)
+    iteration = attached.iter_exits(images)
+    torch.testing.assert_close(next(iteration), whole[0])
+    torch.testing.assert_close(next(iteration), whole[1])  # all of them go on
+    iteration = attached.iter_exits(images)
+    next(iteration)
+    with pytest.raises(
+        ConfigError, match="the Linear beside an exit gives several rows per image, which do not lie together"
+    ):
+        iteration.send(torch.tensor([1]))
 
 
 @torch.no_grad()
