@@ -6,11 +6,10 @@ import functools
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import betaincinv
 from scipy.stats import binom
 
-Floats = NDArray[np.float64]
+from dist_train.prediction.search import Floats
 
 LEFT_OUT = 0.001
 """Share of the p-value's level that pays for not looking at shares of differing images that these images make implausible."""

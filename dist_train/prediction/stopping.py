@@ -88,7 +88,7 @@ class Patience:
     def check(self, num_exits: int) -> None:
         """Raise ConfigError for a patience that no network of so many exits can have."""
         check_count("patience", self.exits)
-        if not 1 <= self.exits < num_exits:
+        if self.exits >= num_exits:
             raise ConfigError(
                 f"patience is {self.exits}; it must be at least 1 and below the number of exits, {num_exits}"
             )
@@ -144,7 +144,7 @@ def at_exit(number: int, num_exits: int) -> Thresholds:
         ConfigError: there is no such exit.
     """
     check_count("exit", number)
-    if not 1 <= number <= num_exits:
+    if number > num_exits:
         raise ConfigError(f"exit is {number}; the network has the exits 1 to {num_exits}")
     return Thresholds([float("inf")] * (number - 1) + [float("-inf")] * (num_exits - number + 1))
 

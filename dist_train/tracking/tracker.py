@@ -54,16 +54,16 @@ class Tracker:
             self._state.forget_run()
             before = {}
         path = self.folder / "metrics.jsonl"
-        file = path.stat() if path.exists() else None
-        inode = file.st_ino if file else None
+        inode = path.stat().st_ino if path.exists() else None
+        same_file = before.get("inode") == inode
         self._state.update(
             uri=self.uri,
             folder=str(self.folder.resolve()),
             # A resume that drops lines writes another file, in which an offset means nothing.  All is sent again, but for
             # what MLflow has.
-            offset=before.get("offset", 0) if before.get("inode") == inode else 0,
+            offset=before.get("offset", 0) if same_file else 0,
             inode=inode,
-            repeated=before.get("repeated" if before.get("inode") == inode else "newest", 0),
+            repeated=before.get("repeated" if same_file else "newest", 0),
             tags=self._tags,
             complete=False,
             started=before.get("started") or int(time.time() * 1000),
