@@ -1,4 +1,7 @@
-"""What a comparison knows of one run, read from its folder or from MLflow; both give the same."""
+"""What a comparison knows of one run, read from its folder or from MLflow.
+
+Both give the same, but for the speed of steps that a kill made a run compute twice: MLflow keeps the first time's.
+"""
 
 from __future__ import annotations
 

@@ -245,9 +245,10 @@ class Mirror:
         path = self.folder / "metrics.jsonl"
         while path.exists():
             with path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                # Another file: a run that resumed has dropped lines, perhaps late, after a full disk.  All is sent again.
-                if inode != state.get("inode"):
+                found = os.fstat(file.fileno())
+                inode = found.st_ino
+                # A run that resumed has dropped lines, perhaps late, after a full disk.  All is sent again.
+                if not is_same_file(found, state):
                     state |= {"inode": inode, "offset": 0, "repeated": state.get("newest", 0)}
                     known = _Known(self._client, state)
                 entries, offset = read_new(file, state["offset"], BYTES_PER_READ)
@@ -300,6 +301,11 @@ class Mirror:
             points = [known.as_logged(point) for point in validations.get(step, [])]
             sent[name] = log_checkpoint(self._client, state["run_id"], path.resolve(), step, points)
         self.state.update(models=sent)
+
+
+def is_same_file(found: os.stat_result, state: Mapping[str, Any]) -> bool:
+    """Whether metrics.jsonl is the file that a state tells of: one that has lost lines is not, though it may keep its inode."""
+    return found.st_ino == state.get("inode") and found.st_size >= state.get("offset", 0)
 
 
 class _Known:

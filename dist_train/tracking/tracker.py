@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dist_train.config import Config
-from dist_train.tracking.mirror import Mirror, SyncState
+from dist_train.tracking.mirror import Mirror, SyncState, is_same_file
 from dist_train.tracking.mlflow import PARENT, is_watching, load, reason, tracking_uri, watch_machine
 
 log = logging.getLogger("dist_train")
@@ -54,15 +54,15 @@ class Tracker:
             self._state.forget_run()
             before = {}
         path = self.folder / "metrics.jsonl"
-        inode = path.stat().st_ino if path.exists() else None
-        same_file = before.get("inode") == inode
+        found = path.stat() if path.exists() else None
+        same_file = is_same_file(found, before) if found else before.get("inode") is None
         self._state.update(
             uri=self.uri,
             folder=str(self.folder.resolve()),
             # A resume that drops lines writes another file, in which an offset means nothing.  All is sent again, but for
             # what MLflow has.
             offset=before.get("offset", 0) if same_file else 0,
-            inode=inode,
+            inode=found.st_ino if found else None,
             repeated=before.get("repeated" if same_file else "newest", 0),
             tags=self._tags,
             complete=False,
