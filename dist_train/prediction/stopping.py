@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Thresholds:
             )
         if self.temperatures is not None and not all(0 < one < math.inf for one in self.temperatures):
             raise ConfigError(f"temperatures are {list(self.temperatures)}; allowed are numbers above 0")
-        if self.measure == "learned" and [len(row) for row in self.weights or ()] != [len(FEATURES) + 1] * num_exits:
+        if self.measure == "learned" and _row_lengths(self.weights) != [len(FEATURES) + 1] * num_exits:
             raise ConfigError(
                 f"the measure learned needs {len(FEATURES) + 1} weights for each of {num_exits} exits; `dist-train eval` fits them"
             )
@@ -110,12 +110,39 @@ def _check_numbers(name: str, given: Sequence[float]) -> None:
         raise ConfigError(f"{name} are {list(given)}; allowed are numbers and infinity")
 
 
-Policy = Thresholds | Patience
+def _row_lengths(given: Any) -> list[int]:
+    """The length of each row; none for what has no rows."""
+    try:
+        return [len(row) for row in given]
+    except TypeError:
+        return []
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """When a sample exits: :class:`Thresholds`, :class:`Patience`, or a rule of one's own with these two methods."""
+
+    def check(self, num_exits: int) -> None:
+        """Raise ConfigError where the policy does not fit a network of so many exits."""
+        ...
+
+    def should_exit(self, number: int, logits: Tensor, classes: Tensor) -> Tensor:
+        """Which samples exit, bool [N]; not asked at the last exit, where all do.
+
+        Args:
+            number: of the exit, from 0.
+            logits: its own, [N, K], of the samples that are still there.
+            classes: predicted by each exit up to it, int64 [N, number + 1].
+        """
+        ...
 
 
 def check_policy(policy: Policy, num_exits: int) -> None:
     """Raise ConfigError for what is no policy, or one that does not fit the number of exits."""
-    check_kind("policy", policy, Policy, "give Thresholds, Patience or at_exit of dist_train.prediction")
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        raise ConfigError(
+            f"policy is {policy!r}; give Thresholds, Patience or at_exit of dist_train.prediction, or an object with check and should_exit"
+        )
     policy.check(num_exits)
 
 
@@ -159,12 +186,24 @@ def for_inference(network: MultiExitNetwork, image_size: int, images: int | None
         image_size: S, height and width of the images, in pixels.
         images: how many will come; None: many.
     """
+    check_count("image_size", image_size)
     if images is not None and images < WORTH_CUTTING:
         return network
     try:
         return network.staged(image_size)
     except ConfigError:
         return network
+
+
+def _decided(policy: Policy, number: int, logits: Tensor, predicted: Tensor) -> Tensor:
+    """Which samples exit; raises ConfigError for what a policy of one's own says in another form."""
+    confident = policy.should_exit(number, logits, predicted)
+    if not isinstance(confident, Tensor) or confident.dtype != torch.bool or confident.shape != logits.shape[:1]:
+        said = f"{list(confident.shape)} in {confident.dtype}" if isinstance(confident, Tensor) else repr(confident)
+        raise ConfigError(
+            f"{type(policy).__name__}.should_exit gave {said}; it gives a bool tensor [{len(logits)}], one per sample"
+        )
+    return confident
 
 
 @torch.inference_mode()
@@ -207,7 +246,7 @@ def predict(network: MultiExitNetwork, images: Tensor, policy: Policy) -> Predic
         predicted = torch.cat([predicted, logits.argmax(1, keepdim=True)], dim=1)
         confident = torch.ones_like(waiting, dtype=torch.bool)
         if number < last:
-            confident = policy.should_exit(number, logits, predicted)
+            confident = _decided(policy, number, logits, predicted)
         # Not before: under autocast their dtype is known from the first logits only.
         if logits_out is None:
             logits_out = logits.new_empty(count, logits.shape[1])

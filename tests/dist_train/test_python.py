@@ -57,7 +57,7 @@ WRONG = [
     (lambda: attached(head="foo"), "head is 'foo'; use mean, class_token, or a function"),
     (lambda: attached(network="resnet"), "network is 'resnet', of type str; give a torch.nn.Module"),
     (lambda: attached(network=nn.Sequential(nn.ReLU())), "the network Sequential has no parameters"),
-    (lambda: predicted([0.9, 0.8]), r"policy is \[0.9, 0.8\], of type list; give Thresholds, Patience or at_exit"),
+    (lambda: predicted([0.9, 0.8]), r"policy is \[0.9, 0.8\]; give Thresholds, Patience or at_exit"),
     (lambda: predicted(None), "policy is None"),
     (lambda: predicted(Patience(1.5)), "patience is 1.5; give an integer of at least 1"),
     (lambda: predicted(Patience("1")), "patience is '1'"),

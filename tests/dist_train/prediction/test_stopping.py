@@ -174,6 +174,11 @@ def test_policies_that_do_not_fit_are_refused(network):
         (Thresholds([0.5] * 3, "nope"), "the measure is 'nope'; use one of max_probability, entropy"),
         (Thresholds([0.5] * 3, "learned"), "learned needs 6 weights for each of 4 exits; `dist-train eval` fits them"),
         (Thresholds([0.5] * 3, "learned", weights=[[1.0]] * 4), "learned needs 6 weights"),
+        (Thresholds([0.5] * 3, "learned", weights=5), "learned needs 6 weights"),
+        (Patience, "policy is <class .*; give Thresholds, Patience or at_exit of dist_train.prediction, or an object"),
+        (OwnPolicy(exits="all"), "OwnPolicy.should_exit gave 'all'; it gives a bool tensor .1., one per sample"),
+        (OwnPolicy(exits=torch.ones(1)), "OwnPolicy.should_exit gave .1. in torch.float32"),
+        (OwnPolicy(exits=torch.ones(2, dtype=torch.bool)), "OwnPolicy.should_exit gave .2. in torch.bool"),
         (Patience(4), "patience is 4"),
         (Patience(0), "patience is 0"),
     ):
@@ -183,6 +188,30 @@ def test_policies_that_do_not_fit_are_refused(network):
         at_exit(5, 4)
     with pytest.raises(ConfigError, match="training mode"):
         predict(msdnet(), images.float(), Patience(1))
+    with pytest.raises(ConfigError, match="image_size is 'a'; give an integer"):
+        for_inference(network, "a")
+
+
+class OwnPolicy:
+    """A policy of one's own, here as good as drawing lots."""
+
+    def __init__(self, exits=None):
+        self.exits = exits
+
+    def check(self, num_exits):
+        assert num_exits > 1
+
+    def should_exit(self, number, logits, classes):
+        return logits.abs().sum(1) % 0.01 > 0.005 if self.exits is None else self.exits
+
+
+def test_a_policy_of_ones_own(network):
+    images = 3 * torch.randn(64, 3, 16, 16).double()
+    with torch.no_grad():
+        would = torch.stack([OwnPolicy().should_exit(0, logits, None) for logits in network(images)[:-1]])
+    result = predict(network, images, OwnPolicy())
+    assert result.exits.equal(torch.where(would.any(0), would.int().argmax(0), 3))
+    assert len(set(result.exits.tolist())) == 4
 
 
 @pytest.mark.parametrize("size", [1, 64])
