@@ -66,7 +66,7 @@ def sync(folder: Path) -> Synced:
     """Send what MLflow does not have yet of a run: tags, settings, metrics, report, status; idempotent.
 
     Raises:
-        TrackingError: not a run folder, a run with tracking off, or a server that cannot be used.
+        TrackingError: not a run folder, a run with tracking off, a damaged report, or a server that cannot be used.
     """
     if not (folder / "config.yaml").exists():
         raise TrackingError(f"{folder}: is not a run folder (no config.yaml); give one, such as runs/NAME")
@@ -83,6 +83,8 @@ def sync(folder: Path) -> Synced:
         mirror.open()
         lines = mirror.send()
         mirror.finish()
+    except TrackingError:
+        raise
     except Exception as error:  # whatever MLflow raises
         raise TrackingError(unusable(uri, error) + "; run the same command again to send the rest") from None
     sent = state.read()
@@ -269,15 +271,24 @@ class Mirror:
     def finish(self) -> None:
         """Send the report, the checkpoints that are kept, and how the run ended, if it has."""
         state = self.state.read()
-        report = self.folder / "report.json"
-        if report.exists():
-            self._client.log_artifact(state["run_id"], str(report))
-            note = run_note(state.get("tags", {}).get("command", ""), json.loads(report.read_text()))
-            self._client.set_tag(state["run_id"], "mlflow.note.content", note)
         self._send_checkpoints()
         if (status := state.get("status", "RUNNING")) != "RUNNING":
             self._client.set_terminated(state["run_id"], status, end_time=state.get("ended"))
+        self._send_report(state)
         self.state.update(complete=True)
+
+    def _send_report(self, state: Mapping[str, Any]) -> None:
+        report = self.folder / "report.json"
+        if not report.exists():
+            return
+        try:
+            note = run_note(state.get("tags", {}).get("command", ""), json.loads(report.read_text()))
+        except (ValueError, LookupError, TypeError):
+            raise TrackingError(
+                f"{report}: is damaged, and not in MLflow; write it again with `dist-train eval {self.folder}`"
+            ) from None
+        self._client.log_artifact(state["run_id"], str(report))
+        self._client.set_tag(state["run_id"], "mlflow.note.content", note)
 
     def _send_checkpoints(self) -> None:
         """Let MLflow have the checkpoints that are kept, each with the validation of its step, and no others."""

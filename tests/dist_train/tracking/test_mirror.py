@@ -273,6 +273,23 @@ def test_what_cannot_be_synced_is_refused(tmp_path):
         sync(tmp_path)
 
 
+def test_a_damaged_report_is_said_to_be_the_fault_and_the_rest_is_sent(tracked, tmp_path):
+    mirror, report = tracked(0.1), tmp_path / "run" / "report.json"
+    mirror.state.update(status="FINISHED", ended=1)
+    for content in ("{", '{"exits": [5]}', "[]"):
+        report.write_text(content)
+        with pytest.raises(
+            TrackingError, match=r"report.json: is damaged, and not in MLflow; write it again with"
+        ) as said:
+            sync(tmp_path / "run")
+        assert "cannot be used" not in str(said.value)
+    assert run_of(mirror).info.status == "FINISHED"
+    assert not mirror.state.read().get("complete")
+    report.unlink()
+    sync(tmp_path / "run")
+    assert mirror.state.read()["complete"]
+
+
 def update_often(folder, name):
     state = SyncState(folder)
     for number in range(120):
