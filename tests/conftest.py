@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)
 
 from tests.common import LIMIT, ROOT  # noqa: E402
+from tests.rank import start  # noqa: E402
 
 SLOW = {
     "tests/dist_train/tracking/test_mirror.py": {
@@ -155,37 +157,31 @@ def in_ranks(tmp_path):
         environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
         environment["MASTER_PORT"] = str(free_port())
         source = function.__code__.co_filename
+        results = [folder / f"result{rank}" for rank in range(world_size)]
         processes = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    ROOT / "tests" / "rank.py",
-                    source,
-                    function.__name__,
-                    folder / "arguments",
-                    folder / f"result{rank}",
-                ],
-                env=os.environ
-                | environment
-                | {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+            start(
+                source,
+                function.__name__,
+                folder / "arguments",
+                result,
+                os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
-            for rank in range(world_size)
+            for rank, result in enumerate(results)
         ]
+        deadline = time.monotonic() + timeout
         try:
-            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
         finally:
             for process in processes:
                 process.kill()
-        failed = [f"rank {rank}:\n{outputs[rank]}" for rank, process in enumerate(processes) if process.returncode]
+        failed = [
+            f"rank {rank}:\n{result.with_suffix('.txt').read_text()}"
+            for rank, (process, result) in enumerate(zip(processes, results))
+            if process.exitcode != 0
+        ]
         assert not failed, "\n".join(failed)
-        return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(world_size)]
+        return [pickle.loads(result.read_bytes()) for result in results]
 
     return run
 
