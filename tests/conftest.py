@@ -77,6 +77,8 @@ SLOW = {
 """Files whose tests are slow, except for those named: `make test-quick` covers every package, and leaves the others out."""
 
 SLOW_TESTS = (
+    "tests/test_docs_run.py",
+    "tests/test_examples.py",
     "tests/test_wheel.py",
     "tests/dist_train/models/test_libraries.py",
     "tests/dist_train/training/test_mixture.py::test_a_run_on_a_mixture_reads",
@@ -111,6 +113,7 @@ EXTENDED = (
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Mark tests as `slow`, `extended` or `slurm`, in one place: what is slow is a question of the whole suite, not of a file."""
+    groups = {}
     for item in items:
         file = item.path.relative_to(ROOT).as_posix() if item.path.is_relative_to(ROOT) else ""
         whole = file in SLOW and item.originalname not in SLOW[file]
@@ -123,7 +126,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slurm")
         # With several workers (-n 2), a file's tests stay together, as do those that share a SLURM or trained networks.
         export = file.startswith("tests/dist_train/export/")
-        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else "export" if export else file))
+        groups[item] = "slurm" if slurm else "export" if export else file
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    # What takes long begins first, so that no worker is left alone with it at the end.
+    long = {groups[item] for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
+    items.sort(key=lambda item: (groups[item] not in long, groups[item] != "slurm"))
 
 
 @pytest.fixture(scope="session")

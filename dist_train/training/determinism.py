@@ -19,7 +19,9 @@ def make_deterministic(config: Config) -> Config:
         the configuration with one JPEG decoder: the GPU's engine and its cores differ in the last bit of a pixel, and which
         of them gets an image depends on their load.
     """
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    # Only where it changes something: the call imports torch's compiler, which takes more than a second.
+    if config.train.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(config.train.deterministic)
     # By default cuDNN chooses by rules; by measuring, two starts could choose differently.
     torch.backends.cudnn.benchmark = False
     if not config.train.deterministic:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from dist_train.config import OptimConfig
 from dist_train.models.parts import BACKBONE, part_of
+
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+
+
+def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
+    """The same optimizer without torch's decorators that keep it out of compiled regions, where it never is here.
+
+    At their first call they import the compiler, which takes every process of a run more than a second.
+    """
+    names = ("step", "zero_grad", "add_param_group", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    # What the decorator of this one does besides.
+    methods["step"] = torch.no_grad()(methods["step"])
+    return type(kind.__name__, (kind,), methods)
+
+
+SGD, AdamW = _without_compiler(torch.optim.SGD), _without_compiler(torch.optim.AdamW)
 
 
 def build_optimizer(
@@ -33,9 +51,9 @@ def build_optimizer(
             if parameters:
                 groups.append({"params": parameters, "weight_decay": decay, "part": part, "decay": decay})
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     assert config.name == "sgd", config.name
-    return torch.optim.SGD(
+    return SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, fused=True
     )
 

@@ -91,6 +91,8 @@ def initialize_deepspeed(
     settings = deepspeed_settings(config, model, stage, group)
     if group.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # What DeepSpeed calls there at every step of stage 3 has other names by now: nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _without_mlflow():
@@ -104,6 +106,8 @@ def initialize_deepspeed(
         # DeepSpeed would try out at start, with compilers, which of its own operators this machine can build; none is used here.
         # On a CPU it would then build one, a shared-memory reduction, which takes half a minute.
         deepspeed.ops.__compatible_ops__ = {}
+        if stage:
+            _import_muon()
         with launcher_variables(group.ranks):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     # DeepSpeed would use torch's GradScaler for fp16, but never unscales at ZeRO 1 and 2; LossScale replaces it.
@@ -124,6 +128,22 @@ def _without_mlflow() -> Iterator[None]:
         yield
     finally:
         del sys.modules["mlflow"]
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer, which ZeRO does for whatever optimizer it is given, without torch's compiler.
+
+    Its functions are compiled where they are defined, and the compiler takes every process two seconds to import.
+    """
+    from deepspeed.runtime import compiler
+
+    compiled = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compiled
 
 
 def reduce_in_few_calls(engine: Any, parameters: Sequence[nn.Parameter], group: Group) -> None:

@@ -351,7 +351,11 @@ def test_more_processes_than_the_machine_has_are_refused(config, command):
     [
         (["--help"], ["torch", "pydantic", "numpy"]),
         (["plan", "CONFIG"], ["deepspeed", "nvidia.dali", "mlflow", "matplotlib", "sklearn", "rich", "submitit"]),
-        (["train", "CONFIG"], ["mlflow", "submitit"]),
+        (["train", "CONFIG"], ["mlflow", "submitit", "torch._dynamo", "sympy"]),
+        (
+            ["train", "CONFIG", "--train.zero_stage", "2", "--optim.name", "adamw"],
+            ["mlflow", "submitit", "torch._dynamo"],
+        ),
         (["sync", "FOLDER"], ["torch.distributed.fsdp", "deepspeed", "nvidia.dali", "mlflow", "matplotlib"]),
     ],
 )
