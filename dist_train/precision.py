@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", *AUTOCAST)
 
 
 def emulation_warning(precision: str, device_type: str) -> str | None:

@@ -58,6 +58,7 @@ class Order:
         self._images = global_batch // self._repeats
         self._sampling = sampling_of(shard_sizes, label, data, seed, self._images, weight)
         self.pass_size, self.per_batch = self._sampling.pass_size, self._sampling.per_batch
+        self.reads_shards_once = self._sampling.reads_shards_once
         self.steps_per_epoch = steps_per_epoch(self.pass_size // self._repeats, self.per_batch, data.last_batch)
 
     def epoch(self, epoch: int) -> Ids:

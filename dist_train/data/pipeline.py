@@ -127,9 +127,7 @@ class Loader:
         self._order = np.arange(len(index))  # views, see order.py
         urls = [place for place in places if isinstance(place, str)]
         self._cache = ShardCache(index, urls, data) if urls else None
-        plain = index.weight is None and data.labeled_fraction is None and not data.class_balanced
-        # In the plain order every shard is wanted once.
-        if self._cache and self.order and not plain and not self._cache.holds_all:
+        if self._cache and self.order and not self.order.reads_shards_once and not self._cache.holds_all:
             self._cache.check_order(index.shard[self.order.epoch(0) % len(index)], global_batch)
         # Of a shard that the cache removes, the disk space is free only when it is closed here.
         keep = {"keep_open": 2 * data.shuffle_shards} if self._cache else {}

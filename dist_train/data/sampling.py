@@ -25,6 +25,8 @@ class Proportional:
     def __init__(self, strata: list[Stratum], images: int, epochs: int) -> None:
         self._strata, self._epochs = strata, epochs
         self.pass_size, self.per_batch = sum(stratum.size for stratum in strata), images
+        self.reads_shards_once = len(strata) == 1 and strata[0].weight == 1
+        """Whether an epoch is done with a shard before long: in one stratum the shards come one after the other."""
 
     def epoch(self, epoch: int, steps: int) -> Ids:
         """The images of an epoch in their order: all that it has, whatever its number of ``steps``."""
@@ -60,6 +62,7 @@ class FixedShare:
         lengths = [len(stratum.ids) / epochs / count for stratum, count in zip(self._strata, per_batch)]
         self._main = lengths.index(max(lengths))
         self.pass_size, self.per_batch = len(self._strata[self._main].ids), per_batch[self._main]
+        self.reads_shards_once = False
 
     def epoch(self, epoch: int, steps: int) -> Ids:
         """The images of an epoch of ``steps`` global batches in their order."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.checks import check_kind
+from dist_train.checks import check_choice, check_kind
 from dist_train.config import Config, DataConfig
 from dist_train.data.pipeline import Loader
 from dist_train.data.split import open_index, open_split
@@ -27,7 +27,7 @@ from dist_train.evaluation.shift import Shifted, shifted
 from dist_train.evaluation.split import Ids, Images, balanced, check_disjoint, copies, without_copies
 from dist_train.models import MultiExitNetwork
 from dist_train.models.cost import cost_columns
-from dist_train.precision import AUTOCAST, autocast
+from dist_train.precision import PRECISIONS, autocast
 from dist_train.prediction.budget import check_budgets
 from dist_train.prediction.risk import check_targets
 from dist_train.prediction.stopping import for_inference
@@ -117,8 +117,7 @@ def evaluate(
 
 def _as_asked(trained: Config, shards: str | Path | None, precision: str | None) -> Config:
     """The configuration of the training with other shards and another precision, where they are given."""
-    if precision not in (None, "fp32", *AUTOCAST):
-        raise ConfigError(f"--precision is {precision!r}; use fp32, bf16 or fp16")
+    check_choice("precision", precision, (None, *PRECISIONS))
     data = DataConfig.model_validate(trained.data.model_dump() | ({"shards": shards} if shards else {}))
     train = trained.train.model_copy(update={"precision": precision or trained.train.precision})
     return trained.model_copy(update={"data": data, "train": train})

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.checks import check_count, check_kind
+from dist_train.checks import check_choice, check_count, check_kind
 from dist_train.config import DataConfig
 from dist_train.data.augment import parameters
 from dist_train.data.decode import Decoder, is_out_of_memory, machine_fault, words_of
 from dist_train.distributed.group import Ranks
 from dist_train.errors import ConfigError, DataError, DeviceError
 from dist_train.models.cost import exit_costs
-from dist_train.precision import autocast
+from dist_train.precision import PRECISIONS, autocast
 from dist_train.prediction.confidence import confidence
 from dist_train.prediction.shares import Reference, ShareMonitor
 from dist_train.prediction.stopping import Policy, Predictions, at_exit, check_policy, for_inference, predict
@@ -123,8 +123,7 @@ class Predictor:
         self._full: list[float] = []
         self._times: list[float] = []
         self._exits: list[int] = []
-        if precision not in (None, "fp32", "bf16", "fp16"):
-            raise ConfigError(f"precision is {precision!r}; use fp32, bf16 or fp16, or None for the faster one here")
+        check_choice("precision", precision, (None, *PRECISIONS))
         self.precision = precision or config.train.precision
         precisions = {precision or "fp32", self.precision}
         if len(precisions) > 1 or deadline_ms is not None:

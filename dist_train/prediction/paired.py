@@ -6,9 +6,9 @@ import functools
 import math
 
 import numpy as np
-from scipy.special import betaincinv
 from scipy.stats import binom
 
+from dist_train.prediction.proportion import clopper_pearson
 from dist_train.prediction.search import Floats
 
 LEFT_OUT = 0.001
@@ -42,9 +42,8 @@ def paired_p_value(worse: int, better: int, images: int, epsilon: float, delta: 
     if observed >= 0:
         return 1.0
     unsure = LEFT_OUT * delta
-    # Clopper and Pearson's interval of the share of differing images.  On the boundary it is epsilon at least.
-    least = float(betaincinv(differing, images - differing + 1, unsure / 2)) if differing else 0.0
-    most = float(betaincinv(differing + 1, images - differing, 1 - unsure / 2)) if differing < images else 1.0
+    # Of the share of differing images.  On the boundary it is epsilon at least.
+    least, most = map(float, clopper_pearson(differing, images, unsure))
     if most <= epsilon:
         return unsure
     shares = np.linspace(max(epsilon, least), most, SHARES)[:, None]

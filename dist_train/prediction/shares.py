@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaln, xlog1py, xlogy
-from scipy.stats import beta
+
+from dist_train.prediction.proportion import clopper_pearson
 
 ALPHA = 0.001
 """Probability of an alarm, ever, while the images are like those of the reference."""
@@ -40,10 +41,7 @@ class ShareMonitor:
         hits = np.rint(np.array(reference.shares) * reference.images)
         # Half of an exit's part of ALPHA is for the interval, the other half for the sequence.
         self.level = ALPHA / (2 * exits)
-        # Clopper and Pearson's interval of k in n: quantiles of Beta(k, n - k + 1) and of Beta(k + 1, n - k).
-        # Where no image or every image took the exit, a parameter of Beta is 0, its quantile NaN, and the end 0 or 1.
-        self.low = np.nan_to_num(beta.ppf(self.level / 2, hits, reference.images - hits + 1), nan=0.0)
-        self.high = np.nan_to_num(beta.ppf(1 - self.level / 2, hits + 1, reference.images - hits), nan=1.0)
+        self.low, self.high = clopper_pearson(hits, reference.images, self.level)
         self._reference = reference
         self._counts = np.zeros(exits)
 

@@ -223,5 +223,5 @@ def test_a_guarantee_is_of_the_precision_that_was_evaluated_and_predict_computes
     assert "guaranteed in" not in captured.err
     assert cli.run([*predict, "--precision", "fp32"]) == 0
     assert "warning: gap is guaranteed in bf16, not in fp32" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="--precision is 'int8'; use fp32, bf16 or fp16"):
+    with pytest.raises(ConfigError, match="precision is 'int8'; use one of None, fp32, bf16, fp16"):
         evaluate(folder, precision="int8")
