@@ -26,6 +26,8 @@ log = logging.getLogger("dist_train")
 TICK_SECONDS = 1.0
 GRACE_SECONDS = 4.0
 """How long a rank waits for the reports of the others."""
+SUSPENDED_SECONDS = 3.0
+"""A watchdog that wakes up so much later than it wanted to was suspended, or kept from running, and nothing is to blame."""
 
 JOIN = "process group"
 """The phase of a rank until all others have joined."""
@@ -141,7 +143,14 @@ class Watchdog:
             os._exit(exit_code_for(error))
 
     def _work(self) -> None:
-        while not self._stop.wait(min(TICK_SECONDS, self._limit / 4)):
+        before = time.monotonic()
+        while not self._stop.wait(tick := min(TICK_SECONDS, self._limit / 4)):
+            before, late = time.monotonic(), time.monotonic() - before - tick
+            if late > SUSPENDED_SECONDS:
+                # Nothing ran in that time here, and a job scheduler suspends all ranks together.
+                self._since = min(before, self._since + late)
+                if self._heartbeat:
+                    self._heartbeat.excuse(late)
             # Set anew in every round, so it fires only where this thread is stuck as well: an extension that never releases
             # the interpreter lock stops all threads of Python, but not faulthandler's.
             if (file := _real_stderr()) is not None:

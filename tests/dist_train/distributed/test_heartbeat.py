@@ -1,6 +1,7 @@
 """A rank that is killed or stopped is noticed by ranks that wait for it outside of any collective that would fail."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,9 +37,12 @@ os._exit(0)
 
 @pytest.fixture
 def run(tmp_path):
-    """`run(fate of rank 0, fate of rank 1, seconds)` gives the exit codes, None for one that had to be killed, and what was said."""
+    """`run(fate of rank 0, fate of rank 1, seconds)` gives the exit codes, None for one that had to be killed, and what was said.
 
-    def start(fates, seconds):
+    ``suspended`` are seconds for which both are stopped together once they have joined.
+    """
+
+    def start(fates, seconds, suspended=0):
         environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         environment |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
         processes = [
@@ -53,6 +57,12 @@ def run(tmp_path):
         ]
         said, alive = "", [rank for rank, fate in enumerate(fates) if fate in ("lives", "leaves")]
         try:
+            if suspended:
+                assert [process.stdout.readline() for process in processes] == ["joined\n"] * 2
+                for number, wait in ((signal.SIGSTOP, suspended), (signal.SIGCONT, 0)):
+                    for process in processes:
+                        process.send_signal(number)
+                    time.sleep(wait)
             for rank in alive:
                 said += processes[rank].communicate(timeout=LIMIT)[0]
         finally:
@@ -80,4 +90,10 @@ def test_a_rank_that_has_left_is_not_dead(run, tmp_path):
     codes, said = run(["lives", "leaves"], 10)
     assert codes == [0, 0], said
     assert time.monotonic() - start > 10
+    assert not (tmp_path / "faults").exists()
+
+
+def test_ranks_that_are_suspended_together_go_on(run, tmp_path):
+    codes, said = run(["lives", "lives"], 15, suspended=8)
+    assert codes == [0, 0], said
     assert not (tmp_path / "faults").exists()
