@@ -53,6 +53,9 @@ class Place:
         here = list(slots)[self.number]
         # The launcher gives each rank one of these as its GPU: where the user, or SLURM, has chosen some, only those.
         slots[here] = visible_gpus(self.slots[here]) or slots[here]
+        if "CUDA_VISIBLE_DEVICES" in os.environ and not visible_gpus(self.slots[here]):
+            # All are hidden, and have to be hidden again: the launcher sets the variable for each rank.
+            slots[here] = ["-1"] * self.slots[here]
         world = json.dumps(slots)
         return [
             sys.executable,

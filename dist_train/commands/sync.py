@@ -15,7 +15,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, help="run folder")
     known = parser.parse_args(arguments)
     from dist_train.tracking.mirror import sync
+    from dist_train.tracking.mlflow import without_password
 
     result = sync(known.run)
-    print(f"{known.run}: {result.lines} lines sent; MLflow at {result.uri} has run {result.run_id}, {result.status}")
+    where = f"MLflow at {without_password(result.uri)}"
+    print(f"{known.run}: {result.lines} lines sent; {where} has run {result.run_id}, {result.status}")
     return 0

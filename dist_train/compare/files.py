@@ -17,7 +17,7 @@ from dist_train.errors import DataError
 from dist_train.files import write_whole
 from dist_train.render.figure import to_png
 from dist_train.render.page import bullets, page, paragraph, picture
-from dist_train.tracking.mlflow import open_store, reason
+from dist_train.tracking.mlflow import open_store, reason, without_password
 
 
 def text(comparison: Comparison) -> str:
@@ -149,4 +149,4 @@ def publish(
             print(f"dist-train: the comparison is not in MLflow: {reason(error)}", file=sys.stderr)
         else:
             if uri:
-                print(f"in MLflow {uri}")
+                print(f"in MLflow {without_password(uri)}")

@@ -21,7 +21,7 @@ from dist_train.config_file import describe_fields, flatten, plain
 from dist_train.errors import DataError
 from dist_train.tracking.metrics import read_metrics
 from dist_train.tracking.mirror import CHANGED, SyncState
-from dist_train.tracking.mlflow import open_store
+from dist_train.tracking.mlflow import open_store, without_password
 from dist_train.tracking.outcomes import unpack
 
 COMPARISON_TAG = "dist_train.comparison"
@@ -176,7 +176,7 @@ def read_store(uri: str, experiment: str, query: str) -> list[RunData]:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         names = ", ".join(one.name for one in client.search_experiments()) or "none"
-        raise DataError(f"{uri}: has no experiment '{experiment}'; it has: {names}")
+        raise DataError(f"{without_password(uri)}: has no experiment '{experiment}'; it has: {names}")
     runs: list[Any] = []
     token = None
     while True:
@@ -195,7 +195,9 @@ def read_store(uri: str, experiment: str, query: str) -> list[RunData]:
     if not runs:
         names = ", ".join(one.name for one in client.search_experiments())
         what = f"no run matches {query!r}" if query else "there is no run"
-        raise DataError(f"{uri}: {what} in the experiment '{experiment}'; the experiments here: {names}")
+        raise DataError(
+            f"{without_password(uri)}: {what} in the experiment '{experiment}'; the experiments here: {names}"
+        )
     # A history is a request per metric, and most of the time is spent waiting for the server.
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(lambda run: _from_store(client, uri, run), runs))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,12 @@ def launcher_variable() -> dict[str, str]:
     """The environment variable that tells the ranks about this process, their launcher."""
     # With the start time, because the number alone can be reused.
     return {LAUNCHER: f"{os.getpid()} {started_at(os.getpid())}"}
+
+
+def is_command_line() -> bool:
+    """Whether this process is dist-train as a command, and not a notebook or a program of the user's."""
+    program = Path(sys.argv[0])
+    return program.name == "dist-train" or program.parts[-2:] == ("dist_train", "__main__.py")
 
 
 def started_at(pid: int) -> float | None:

@@ -18,7 +18,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # public, but
 from dist_train.config import FaultConfig
 from dist_train.distributed.fault_report import FaultReport, FaultReports, exit_code_for, first_line, verdict
 from dist_train.distributed.heartbeat import Heartbeat
-from dist_train.distributed.launcher import started_at
+from dist_train.distributed.launcher import is_command_line, started_at
 from dist_train.errors import FAILED, USER_ERROR, UserError
 
 log = logging.getLogger("dist_train")
@@ -234,7 +234,7 @@ def _real_stderr() -> TextIO | None:
 
 def _seconds_of_imports() -> float:
     """Age of a process that is a command; 0 in a notebook or a program, which may have done anything before."""
-    if Path(sys.argv[0]).name not in ("dist-train", "__main__.py"):
+    if not is_command_line():
         return 0.0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - (started_at(os.getpid()) or 0.0)
 

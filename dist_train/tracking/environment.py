@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from dist_train.distributed.group import Ranks
+from dist_train.distributed.launcher import is_command_line
+from dist_train.tracking.mlflow import without_password
 from shards.index import Index
 
 PACKAGES = ("dist-train", "torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "mlflow", "submitit", "triton")
@@ -44,7 +47,7 @@ class Environment:
     def tags(self) -> dict[str, str]:
         """As tags of an MLflow run: what may change from one start of a run to the next."""
         tags = {
-            "command": " ".join(self.command),
+            "command": without_password(shlex.join(self.command)),
             "hosts": ", ".join(dict.fromkeys(self.hosts)),
             "nodes": str(self.nodes),
             "processes": str(self.processes),
@@ -63,8 +66,8 @@ def describe_environment(ranks: Ranks, hosts: list[str]) -> Environment:
         else f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
     )
     return Environment(
-        # As the user would type it, whatever launcher has added before it.
-        command=["dist-train", *sys.argv[1:]],
+        # As the user would type it, whatever launcher has added before it; of a program of the user's, that program.
+        command=["dist-train" if is_command_line() else sys.argv[0], *sys.argv[1:]],
         versions={"python": platform.python_version()} | installed_versions(),
         hosts=hosts,
         processes=ranks.world_size,

@@ -39,10 +39,11 @@ class MetricsFile:
             return not evaluates or entry["batch"] < batch or "val/mean_top1" not in entry["metrics"]
 
         # A kill can cut a line within a character; what is left of the line is no JSON, and goes.
-        lines = self.path.read_text(errors="replace").splitlines()
-        kept = [line for line in lines if is_kept(parse_line(line))]
-        if len(kept) < len(lines):
-            write_whole(self.path, "".join(line + "\n" for line in kept))
+        text = self.path.read_text(errors="replace")
+        kept = "".join(f"{line}\n" for line in text.splitlines() if is_kept(parse_line(line)))
+        # Also where only the last line's end is missing: what comes next would be appended to it.
+        if kept != text:
+            write_whole(self.path, kept)
 
     def add(self, step: int, batch: int, metrics: dict[str, float]) -> None:
         """Take a line, which :meth:`flush` writes."""

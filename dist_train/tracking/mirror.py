@@ -36,6 +36,7 @@ from dist_train.tracking.mlflow import (
     reopened,
     tracking_uri,
     unusable,
+    without_password,
 )
 
 log = logging.getLogger("dist_train")
@@ -158,6 +159,10 @@ class SyncState:
         home, key = before.get("folder"), before.get("key")
         if not isinstance(home, str) or Path(home) == folder.resolve():
             return True
+        # Under two names, as where a container or another host mounts it elsewhere.
+        with contextlib.suppress(OSError):
+            if Path(home).samefile(folder):
+                return True
         return key is None or SyncState(Path(home)).read().get("key") != key
 
 
@@ -211,7 +216,7 @@ class Mirror:
 
     def _describe(self, client: Any, run_id: str, first: bool) -> None:
         """Log the settings.  MLflow keeps the first value of a parameter forever: what changes later is a tag beside it."""
-        fields = flat_fields(self.config)
+        fields = {key: without_password(value) for key, value in flat_fields(self.config).items()}
         if not first:
             data = client.get_run(run_id).data
             changed = {key: value for key, value in fields.items() if data.params.get(key, value) != value}
@@ -221,12 +226,15 @@ class Mirror:
                 if tag.startswith(CHANGED) and tag.removeprefix(CHANGED) not in changed:
                     client.delete_tag(run_id, tag)  # the field has its first value again
             if changed:
-                client.log_artifact(run_id, str(self.folder / "config.yaml"))
+                self._send_config(client, run_id)
             return
         log_params(client, run_id, fields)
         log_data(client, run_id, self._splits())
-        client.log_artifact(run_id, str(self.folder / "config.yaml"))
+        self._send_config(client, run_id)
         self.state.update(described=True)
+
+    def _send_config(self, client: Any, run_id: str) -> None:
+        client.log_text(run_id, without_password((self.folder / "config.yaml").read_text()), "config.yaml")
 
     def _splits(self) -> Iterator[Data]:
         tags, data = self.state.read().get("tags", {}), self.config.data

@@ -7,6 +7,8 @@ import fcntl
 import json
 import logging
 import os
+import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,14 +38,19 @@ def experiment_name(config: Config) -> str:
     return config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "dist_train"
 
 
+def without_password(text: str) -> str:
+    """A text in which every address hides the user and password that it may hold: logs and MLflow are read by others."""
+    return re.sub(r"://[^/\s@]+@", "://***@", text)
+
+
 def ui_command(uri: str) -> str:
     """What to type to see the runs in a browser."""
-    if not uri.startswith("sqlite"):
-        return f"open {uri}"
+    if uri.startswith(("http", "databricks")):
+        return f"open {without_password(uri)}"
     program = Path(sys.executable).with_name("mlflow")
     with contextlib.suppress(ValueError):
         program = program.relative_to(Path.cwd())
-    return f"{program} ui --backend-store-uri {uri}"
+    return shlex.join([str(program), "ui", "--backend-store-uri", without_password(uri)])
 
 
 def load() -> None:
@@ -84,9 +91,9 @@ def open_store(uri: str) -> Any:
         client = _client(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises its own, SQLAlchemy's, alembic's and urllib3's
-        text = " ".join(str(error).split())
-        remedy = "copy the file, then run: mlflow db upgrade " + uri if "schema" in text else "is it running?"
-        raise DataError(f"{uri}: MLflow's store cannot be opened ({text[:160]}); {remedy}") from None
+        shown, text = without_password(uri), without_password(" ".join(str(error).split()))
+        remedy = "copy the file, then run: mlflow db upgrade " + shown if "schema" in text else "is it running?"
+        raise DataError(f"{shown}: MLflow's store cannot be opened ({text[:160]}); {remedy}") from None
     return client
 
 
@@ -302,13 +309,13 @@ def save_model(folder: Path, loader: Path, data: Path, image: bytes, requirement
 
 def reason(error: Exception) -> str:
     """What MLflow raised, as one line; a long one keeps its end, where MLflow puts the remedy."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_password(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"
 
 
 def unusable(uri: str, error: Exception) -> str:
     """One line that says which store cannot be used, and why."""
-    return f"MLflow at {uri} cannot be used ({reason(error)})"
+    return f"MLflow at {without_password(uri)} cannot be used ({reason(error)})"
 
 
 def _client(uri: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_train.config import Config
 from dist_train.tracking.mirror import Mirror, SyncState, is_same_file
-from dist_train.tracking.mlflow import PARENT, is_watching, load, reason, tracking_uri, watch_machine
+from dist_train.tracking.mlflow import PARENT, is_watching, load, reason, tracking_uri, watch_machine, without_password
 
 log = logging.getLogger("dist_train")
 
@@ -149,7 +149,7 @@ class Tracker:
         if not self._warned:
             log.warning(
                 "MLflow at %s cannot be used (%s); metrics.jsonl has everything, and training continues",
-                self.uri,
+                without_password(str(self.uri)),
                 reason,
             )
         self._warned = True

@@ -236,16 +236,19 @@ def test_ctrl_c_while_everything_is_imported_is_no_traceback(config, module):
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [
-        ("", [0, 1]),
+        (None, [0, 1]),
+        ("", ["-1", "-1"]),
         ("4,5", ["4", "5"]),
         ("4,5,6", ["4", "5"]),
         ("MIG-a, GPU-b", ["MIG-a", "GPU-b"]),
-        ("-1", [0, 1]),
+        ("-1", ["-1", "-1"]),
         ("4,5,-1,6", ["4", "5"]),
     ],
 )
 def test_the_ranks_get_the_gpus_that_were_chosen(monkeypatch, visible, expected):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     words = Place({"a": 3, "b": 2}, 1, "127.0.0.1", 1).command("dist_train", [])
     (world,) = [word.partition("=")[2] for word in words if word.startswith("--world_info=")]
     assert json.loads(base64.urlsafe_b64decode(world)) == {"a": [0, 1, 2], "b": expected}

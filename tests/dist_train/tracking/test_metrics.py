@@ -52,6 +52,13 @@ def test_a_torn_line_and_a_foreign_one_are_dropped(file):
         assert parse_line(line) is None
 
 
+def test_a_last_line_without_its_end_does_not_swallow_the_next_one(file):
+    file.path.write_text(file.path.read_text().rstrip("\n"))
+    file.rewind(6, False)
+    append(file, 7, {})
+    assert batches(file.path) == [2, 4, 6, 6, 7]
+
+
 def test_lines_that_could_not_be_written_are_written_later(file, monkeypatch):
     """The system's limit of a file's size is the full disk that a test can have."""
     import resource

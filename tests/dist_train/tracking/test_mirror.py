@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
@@ -41,13 +42,15 @@ def wait(condition, process):
 def test_a_server_that_hangs_and_dies_in_a_run_has_everything_once_after_sync(server, digits, tmp_path, command):
     from mlflow.tracking import MlflowClient
 
+    # The server asks for none; what matters is who can read it.
+    address = server.uri.replace("//", "//ada:secret@")
     fields = {
         "name": "tracked",
         "runs": str(tmp_path),
         "data": {"shards": str(digits), "flip": False},
         "model": SMALL_MODEL | {"step": 2},
         "train": {"global_batch": 16, "micro_batch": 16, "epochs": 6, "precision": "fp32", "eval_every": 6},
-        "tracking": {"uri": server.uri, "log_every": 1},
+        "tracking": {"uri": address, "log_every": 1},
     }
     config = make_config(fields)
     path = tmp_path / "config.yaml"
@@ -67,9 +70,11 @@ def test_a_server_that_hangs_and_dies_in_a_run_has_everything_once_after_sync(se
     output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 0, output
     assert f"dist-train sync {config.folder}" in output
-    assert output.count(f"MLflow at {server.uri} cannot be used") == 1
-    with pytest.raises(TrackingError, match="cannot be used"):
+    shown = server.uri.replace("//", "//***@")
+    assert output.count(f"MLflow at {shown} cannot be used") == 1
+    with pytest.raises(TrackingError, match="cannot be used") as said:
         sync(config.folder)
+    assert "secret" not in output + str(said.value)
 
     server.start()
     client = MlflowClient(server.uri)
@@ -86,6 +91,9 @@ def test_a_server_that_hangs_and_dies_in_a_run_has_everything_once_after_sync(se
     assert run.data.tags["mlflow.parentRunId"] == parent
     assert run.data.tags["nodes"] == "1"
     assert run.data.params["train.epochs"] == "6"
+    assert run.data.params["tracking.uri"] == shown
+    assert shown in Path(client.download_artifacts(run_id, "config.yaml", tmp_path)).read_text()
+    assert "secret" not in "".join([*run.data.params.values(), *run.data.tags.values(), first.stdout])
     children = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
     assert [child.info.run_id for child in children] == [run_id]
     expected = {}
@@ -139,6 +147,17 @@ def test_a_copy_of_a_finished_run_is_another_finished_run(tracked, tmp_path):
     assert result.run_id != mirror.state.read()["run_id"]
     assert (result.status, copy.info.status, copy.info.end_time) == ("FINISHED", "FINISHED", 2000)
     assert copy.data.tags["command"] == "dist-train train"
+
+
+def test_a_folder_under_another_name_is_no_copy(tracked, tmp_path):
+    mirror = tracked(0.1)
+    mirror.finish()
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    # A link that resolve() does not see is a mount; the stored name of one is here that of a link.
+    mirror.state.update(folder=str(inside / "run"))
+    (inside / "run").symlink_to(tmp_path / "run")
+    assert sync(tmp_path / "run").run_id == mirror.state.read()["run_id"]
 
 
 def test_metrics_that_were_rewound_after_the_mirror_began_are_sent(tracked, tmp_path):

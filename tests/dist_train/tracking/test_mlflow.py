@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from dist_train.config_file import dump_config, load_config, make_config
+from dist_train.distributed.group import Ranks
 from dist_train.errors import TrackingError
+from dist_train.tracking.environment import describe_environment
 from dist_train.tracking.mirror import SyncState, sync
-from dist_train.tracking.mlflow import watch_machine
+from dist_train.tracking.mlflow import ui_command, watch_machine
 from dist_train.tracking.tracker import Tracker
 from tests.common import LIMIT, ROOT
 
@@ -106,6 +108,30 @@ def test_the_variable_of_the_experiment_is_heard_and_the_configuration_wins(run,
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     folder = run("r")
     assert client.get_run(run_id(folder)).info.experiment_id == client.get_experiment_by_name("mine").experiment_id
+
+
+def test_the_command_that_shows_a_store_can_be_typed_and_has_no_password():
+    for uri, ending in (
+        ("sqlite:////a b/mlflow.db", "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"),
+        ("/nfs/mlruns", "mlflow ui --backend-store-uri /nfs/mlruns"),
+        ("postgresql://me:secret@db/x", "mlflow ui --backend-store-uri 'postgresql://***@db/x'"),
+        ("https://me:secret@host/x", "open https://***@host/x"),
+    ):
+        assert ui_command(uri).endswith(ending)
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("/v/bin/dist-train", "dist-train --name 'a b'"),
+        ("/s/dist_train/__main__.py", "dist-train --name 'a b'"),
+        ("my script.py", "'my script.py' --name 'a b'"),
+        ("/s/other/__main__.py", "/s/other/__main__.py --name 'a b'"),
+    ],
+)
+def test_the_command_of_a_run_is_the_one_that_was_typed(monkeypatch, program, command):
+    monkeypatch.setattr(sys, "argv", [program, "--name", "a b"])
+    assert describe_environment(Ranks(0, 1, 0, 1), ["here"]).tags["command"] == command
 
 
 def test_columns_data_and_checkpoints_are_there_once_however_often_they_are_sent(run, client, tmp_path):
