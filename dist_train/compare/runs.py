@@ -106,7 +106,7 @@ class RunData:
         seconds = self.seconds
         return self._speeds[-1][0] / seconds if seconds else None
 
-    @property
+    @cached_property
     def _speeds(self) -> list[tuple[float, float]]:
         """The images that were consumed up to a line of metrics, and the speed that it says."""
         text = self.fields.get("train.global_batch", "0")
