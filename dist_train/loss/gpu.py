@@ -48,6 +48,12 @@ def exp2_below(z, top, scale):
 
 
 @triton.jit
+def nats_below(z, top):
+    """The logit less ``top``, at least MASKED, with the rounding of exp2_below, so that it cancels that of a sum of exponentials."""
+    return tl.maximum(exp2_below(z, top, LOG2E)[1] * LN2, MASKED)
+
+
+@triton.jit
 def check_label(label, K: tl.constexpr):
     """The label within [0, K), whether there is one, and whether it is in range."""
     is_valid = (label >= 0) & (label < K)
@@ -66,21 +72,24 @@ def read_labels(n, targets, K: tl.constexpr):
     label, has_label, is_valid = check_label(tl.load(targets.labels + n), K)
     second, lam = label, 1.0
     if targets.second is not None:
-        lam = tl.load(targets.lam + n).to(tl.float32)
+        share = tl.load(targets.lam + n).to(tl.float32)
         second, has_second, second_is_valid = check_label(tl.load(targets.second + n), K)
         # A sample with one label of two is unlabeled, unless that one is out of range.
         is_wrong = (has_label & (is_valid == 0)) | (has_second & (second_is_valid == 0))
         has_label = (has_label & has_second) | is_wrong
+        # A share that is none makes the loss NaN; without a label it counts for nothing.
+        lam = tl.where((share >= 0) & (share <= 1), share, tl.where(has_label, float("nan"), 0.0))
         is_valid = is_valid & second_is_valid
     return (label, second, lam), has_label, is_valid
 
 
 @triton.jit
 def read_weight(n, targets):
-    """The weight of a sample."""
+    """The weight of a sample; a negative one makes the loss NaN."""
     weight = 1.0
     if targets.weights is not None:
         weight = tl.load(targets.weights + n).to(tl.float32)
+        weight = tl.where(weight >= 0, weight, float("nan"))
     return weight
 
 

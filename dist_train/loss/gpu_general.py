@@ -15,6 +15,7 @@ from dist_train.loss.gpu import (
     add_sample,
     exp2_below,
     label_factor,
+    nats_below,
     put,
     read_labels,
     read_weight,
@@ -122,12 +123,13 @@ def _read_labels(n, targets, K: tl.constexpr, BLOCK_K: tl.constexpr):
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             y = tl.load(targets.labels + n * K + k, mask=k < K, other=0.0).to(tl.float32)
-            target_sum += tl.sum(y)
+            # A negative share makes the loss NaN.
+            target_sum += tl.sum(tl.where(y >= 0, y, float("nan")))
             here = tl.max(y)
             label = tl.where(here > largest, start + tl.argmax(y, 0), label)
             largest = tl.maximum(largest, here)
         # As an integer, because Triton's interpreter cannot spread a comparison of floats over lanes.
-        has_label = tl.where(target_sum > 0, 1, 0) == 1
+        has_label = tl.where(target_sum <= 0, 0, 1) == 1  # also where the sum is NaN
         return (label, label, 1.0), target_sum, has_label, has_label
     labels, has_label, is_valid = read_labels(n, targets, K)
     return labels, 1.0, has_label, is_valid
@@ -157,8 +159,8 @@ def _first_reading(
         # rescaled when a larger maximum comes.
         before = top
         top = tl.maximum(top, tl.max(z))
-        total = total * tl.exp2((before - top) * LOG2E) + tl.sum(exp2_below(z, top, LOG2E)[0])
-        tempered_total = tempered_total * tl.exp2((before - top) * scale) + tl.sum(exp2_below(z, top, scale)[0])
+        total = total * _rescale(before, top, LOG2E) + tl.sum(exp2_below(z, top, LOG2E)[0])
+        tempered_total = tempered_total * _rescale(before, top, scale) + tl.sum(exp2_below(z, top, scale)[0])
         rank += tl.sum(((z > scored_logit) | ((z == scored_logit) & (k < scored))).to(tl.int32))
     if is_soft(targets.labels) or SMOOTHING > 0:
         for start in range(0, K, BLOCK_K):
@@ -166,15 +168,24 @@ def _first_reading(
             z = tl.load(row + k, mask=k < K, other=-INFINITY).to(tl.float32)
             if is_soft(targets.labels):
                 y = tl.load(targets.labels + n * K + k, mask=k < K, other=0.0).to(tl.float32)
-                product += tl.sum(y * tl.maximum(z - top, MASKED))
+                product += tl.sum(y * nats_below(z, top))
             count += tl.sum((z > -INFINITY).to(tl.float32))
-            mean += tl.sum(tl.where(z > -INFINITY, z - top, 0.0))
+            mean += tl.sum(tl.where(z > -INFINITY, nats_below(z, top), 0.0))
         mean, count = mean / count, 1 / count
     if not is_soft(targets.labels):
-        first = tl.maximum(tl.load(row + label).to(tl.float32) - top, MASKED)
-        product = lam * first + (1 - lam) * tl.maximum(tl.load(row + second).to(tl.float32) - top, MASKED)
+        product = lam * nats_below(tl.load(row + label).to(tl.float32), top)
+        product += (1 - lam) * nats_below(tl.load(row + second).to(tl.float32), top)
     values = (product, mean, rank.to(tl.float32), total, tempered_total)
     return values, (top, reciprocal(total), reciprocal(tempered_total), count)
+
+
+@triton.jit
+def _rescale(before, top, scale):
+    """What exponentials less the maximum ``before`` are multiplied by to be less ``top``, rounded as :func:`exp2_below` does.
+
+    That rounds scale * before, which of large logits moves the exponents by much more than their own rounding.
+    """
+    return tl.exp2(exp2_below(before, top, scale)[1] - exp2_below(before, before, scale)[1])
 
 
 @triton.jit

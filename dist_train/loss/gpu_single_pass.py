@@ -18,6 +18,7 @@ from dist_train.loss.gpu import (
     add_sample,
     exp2_below,
     label_factor,
+    nats_below,
     put,
     read_labels,
     read_weight,
@@ -124,6 +125,8 @@ def _exit(
     top = tl.max(z)
     # Its shuffles run beside those of the sums that follow: there is no branch between them.
     rank = tl.sum((z > label_logit).to(tl.int32))
+    # What fills the row up beyond K is larger than the logit of a masked label.
+    rank -= tl.where(label_logit < MASKED, BLOCK_K - K, 0)
     gradient, mixture, values = _distill(z, top, label_logit, mixture, exits, factors[1], m, M, RULE, IS_LAST)
     rank = _break_ties(rank, z, this_row, label, label_logit)
     exps, _ = exp2_below(z, top, LOG2E)
@@ -163,12 +166,12 @@ def _target(z, top, row, labels, K: tl.constexpr, SMOOTHING: tl.constexpr):
     label, second, lam = labels
     k = tl.arange(0, z.shape[0])
     target, mean = tl.where(k == label, lam, 0.0) + tl.where(k == second, 1 - lam, 0.0), 0.0
-    product = lam * tl.maximum(tl.load(row + label).to(tl.float32) - top, MASKED)
-    product += (1 - lam) * tl.maximum(tl.load(row + second).to(tl.float32) - top, MASKED)
+    product = lam * nats_below(tl.load(row + label).to(tl.float32), top)
+    product += (1 - lam) * nats_below(tl.load(row + second).to(tl.float32), top)
     if SMOOTHING > 0:
         is_open = (z > -INFINITY) & (k < K)
         share = reciprocal(tl.sum(is_open.to(tl.float32)))
-        mean = tl.sum(tl.where(is_open, z - top, 0.0)) * share
+        mean = tl.sum(tl.where(is_open, nats_below(z, top), 0.0)) * share
         target = (1 - SMOOTHING) * target + tl.where(is_open, SMOOTHING * share, 0.0)
     return target, product, mean
 

@@ -189,6 +189,50 @@ def test_extreme_logits(smoothing):
     assert_same(arguments(logits, torch.tensor([1, 2, -100, 4]), label_smoothing=smoothing))
 
 
+@pytest.mark.parametrize("fields", [{}, {"label_smoothing": 0.1}, {"distill_loss": "kl"}], ids=str)
+@pytest.mark.parametrize("classes", [40, 5000])
+def test_large_logits_lose_no_digits(plain, classes, fields):
+    """Beyond those that float32 has of the logits themselves."""
+    logits, labels = [z - 1e4 for z in random_logits(2, 3, classes)], torch.tensor([1, 30, 4])
+    given = arguments(logits, labels, **fields)
+    loss, _, grads = exit_loss_gpu(*given)
+    constants = given[2]._asdict()
+    del constants["confidence_weights"], constants["label_count"]
+    options = {"smoothing": given[3].smoothing, "cross_entropy": given[3].cross_entropy}
+    right = plain(logits, torch.nn.functional.one_hot(labels, classes), **constants, labeled=3.0, **options)
+    torch.testing.assert_close(loss.double(), right.loss, rtol=2e-6, atol=0)
+    for gradient, expected in zip(grads, right.grads):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=2e-7)
+
+
+def test_the_rank_of_a_masked_label():
+    """Behind the few classes that are not masked, but before what fills a row up."""
+    logits = random_logits(2, 3, 10)
+    for z in logits:
+        z[:2, :7] = -torch.inf
+    assert_same(arguments(logits, torch.tensor([0, 3, 3]), teachers="none", alpha=0.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "unlabeled"),
+    [("weights", False), ("weights", True), ("share", False), ("share", True), ("soft", False), ("soft nan", False)],
+)
+def test_targets_out_of_range_make_the_loss_nan(kind, unlabeled):
+    """A GPU is not waited for to look at them, as the CPU's operator does, which raises an error."""
+    labels, second, share, weights = torch.tensor([-100 if unlabeled else 1, 2]), None, None, None
+    if kind == "weights":
+        weights = torch.tensor([-1.0, 1.0])
+    elif kind == "share":
+        second, share = torch.tensor([3, 4]), torch.tensor([1.5, 0.5])
+    else:
+        labels = torch.eye(10)[:2]
+        labels[0, 3] = -0.1 if kind == "soft" else torch.nan
+    loss, _, grads = exit_loss_gpu(*arguments(random_logits(2, 2, 10), labels, second, share, weights))
+    # Without labels a share counts for nothing.
+    spoilt = not (kind == "share" and unlabeled)
+    assert bool(loss.isnan()) == bool(grads.isnan().any()) == spoilt
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, "all -inf"], ids=str)
 def test_a_bad_sample(fault, smoothing):
