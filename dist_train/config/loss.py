@@ -17,6 +17,11 @@ from dist_train.config.base import Natural, NotNegative, Section, Unit, expanded
 AVERAGED = "averaged"
 """The outside teacher that is the moving average of the network's own weights."""
 
+TEMPERATURES = (1e-3, 1e3)
+"""Bounds of anneal where none are given.  Of two classes the surer one never has less than 0.5, so that by the default threshold
+the temperature would rise forever, and float32 would keep nothing of the differences between logits.
+"""
+
 
 class LossConfig(Section):
     """The objective: labels at every exit, and distillation between exits.
@@ -93,10 +98,23 @@ class LossConfig(Section):
                 )
         return given
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest temperature of anneal."""
+        return self.temperature_bounds or TEMPERATURES
+
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
-        if self.temperature_bounds and self.temperature_bounds[0] > self.temperature_bounds[1]:
-            raise ValueError(f"temperature_bounds are {list(self.temperature_bounds)}; they must rise")
+        low, high = self.bounds
+        if low > high:
+            raise ValueError(f"temperature_bounds are {[low, high]}; they must rise")
+        initial = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+        outside = [one for one in initial if not low <= one <= high]
+        if outside and self.temperature_rule == "anneal":
+            raise ValueError(
+                f"temperature holds {outside[0]:g}, outside of temperature_bounds, {low:g} to {high:g}; the first step of anneal "
+                "would jump into them; change one of the two"
+            )
         steps = [step for step, _ in self.temperature_schedule]
         if steps != sorted(set(steps)):
             raise ValueError(f"temperature_schedule has the steps {steps}; they must rise")

@@ -41,14 +41,19 @@ def decoupled_loss(
     # The losses to the labels come from the call for the whole objective; here they would count twice.
     unlabeled = Targets(torch.full_like(classes[:, 0], UNLABELED), weights=targets.weights)
     total = torch.zeros((), device=logits[0].device)
+    # Without the label's class, the softmax is the distribution among the others (NCKD).
+    rests = [z.scatter(1, classes, -torch.inf) for z in logits]
+    # Where all of these are masked there is no such distribution.
+    masked = [(rest == -torch.inf).all(1, keepdim=True) for rest in rests]
+    # Of a sample for which an exit has none, all exits get the same one, and nothing differs.
+    is_alone = torch.stack(masked).any(0)
+    others = [rest.masked_fill(is_alone, 0) for rest in rests]
     # The label's class against all others together: their logit is such that two classes have the same softmax as all.
-    pairs, others = [], []
-    for z, temperature in zip(logits, exits.temperature):
-        # Without the label's class, the softmax is the distribution among the others (NCKD).
-        rest = z.scatter(1, classes, -torch.inf)
-        others.append(rest)
-        # Its exponential at temperature T is the sum of those of all others.
-        together = temperature * (rest.float() / temperature).logsumexp(1, keepdim=True)
+    pairs = []
+    for z, rest, is_masked, temperature in zip(logits, rests, masked, exits.temperature):
+        # Its exponential at temperature T is the sum of those of all others; that of nothing but -inf has a gradient of NaN.
+        scaled = rest.masked_fill(is_masked, 0).float() / temperature
+        together = (temperature * scaled.logsumexp(1, keepdim=True)).masked_fill(is_masked, -torch.inf)
         pairs.append(torch.cat([z.gather(1, classes).float(), together], 1))
     for problem, weight in zip((pairs, others), weights):
         weighted = without_labels._replace(distill_weights=exits.distill_weights * weight)

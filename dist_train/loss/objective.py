@@ -23,10 +23,6 @@ from dist_train.loss.statistics import ExitStats
 from dist_train.loss.teachers import last_teacher_mixture, teacher_matrix, with_outside
 
 MAX_EXITS = 16
-TEMPERATURES = (1e-3, 1e3)
-"""Bounds of anneal where none are given.  Of two classes the surer one never has less than 0.5, so that by the default threshold
-the temperature would rise forever, and float32 would keep nothing of the differences between logits.
-"""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -159,8 +155,8 @@ class ExitDistillation(nn.Module):
         """Loss and statistics of one micro batch; waits for nothing on the device.
 
         A sample with a logit of NaN or +inf, or with nothing but -inf, makes the loss NaN and gets a gradient of NaN in
-        all exits, as does one with a label out of range on a GPU (on the CPU that is an error): the step is to be
-        skipped.  Other samples' gradients are not touched.  A logit of -inf alone takes its class out.
+        all exits: the step is to be skipped.  On a GPU, a label out of range, a negative weight and a share below 0 or above
+        1 make the loss NaN as well; on the CPU they are an error.  Other samples' gradients are not touched.  A logit of -inf alone takes its class out.
 
         Args:
             logits: M tensors [N, K] in fp32, bf16 or fp16, as the network gives them.
@@ -178,10 +174,12 @@ class ExitDistillation(nn.Module):
 
         Raises:
             DataError: shapes, dtypes or values that do not fit.
+            ConfigError: passes below 1.
         """
         first, second, share = targets if isinstance(targets, LabelMix) else (targets, None, None)
         self._check(logits, first, second, share, weights)
         self._check_outside(outside, logits[0])
+        check_count("passes", passes)
         given = Targets(first, second, share, weights)
         options = self._options(with_grad=torch.is_grad_enabled() and any(z.requires_grad for z in logits))
         logits = [*logits, *outside]
@@ -265,8 +263,7 @@ class ExitDistillation(nn.Module):
             # On the device, by torch.where: to decide it here would wait for the batch.
             is_confident = totals[0] / totals[1] > self.config.anneal_threshold
             moved = self.temperature * self.config.anneal_factor
-            moved = moved.clamp(*(self.config.temperature_bounds or TEMPERATURES))
-            self.temperature.copy_(torch.where(is_confident, moved, self.temperature))
+            self.temperature.copy_(torch.where(is_confident, moved.clamp(*self.config.bounds), self.temperature))
 
     def _scheduled(self) -> Tensor:
         """The initial temperature times the schedule at this step: a level and a sum of ramps, so that nothing is looked up."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_train.errors import DataError
 from dist_train.loss.cpu import exit_loss_cpu
 from dist_train.loss.inputs import ExitWeights, LossOptions, Targets, grad_scale
 from dist_train.loss.statistics import ExitStats
@@ -105,6 +106,10 @@ class _ExitLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # as create_graph=True has it
+            raise DataError(
+                "the loss has no second derivatives; call backward or torch.autograd.grad without create_graph=True"
+            )
         (grads,) = ctx.saved_tensors
         if loss is None:
             # The first one is for the constants.

@@ -111,6 +111,26 @@ def test_mixed_and_soft_targets_count_by_their_larger_share() -> None:
     torch.testing.assert_close(loss(exits, soft).loss, expected)
 
 
+@pytest.mark.parametrize("masking", [range(3), [1]], ids=["everywhere", "in one exit"])
+def test_a_sample_whose_other_classes_are_all_masked_adds_nothing(masking: Any) -> None:
+    """As with kl, where no exit has another class; among the others, of which there are none, where one exit has none."""
+    alone, weights = torch.arange(7) != LABELS[2], (1.0 if len(masking) == 3 else 0.0, 8.0)
+    exits = [one.detach() for one in logits()]
+    for m in masking:
+        exits[m][2, alone] = -torch.inf
+    exits = [one.requires_grad_() for one in exits]
+    loss = criterion(teachers="last", dkd_weights=weights)
+    found = loss(exits, LABELS)
+    gradients = torch.autograd.grad(found.loss, exits, materialize_grads=True)
+    kept = torch.tensor([0, 1, 3, 4, 5])
+    rest = [one.detach()[kept].requires_grad_() for one in exits]
+    right = loss(rest, LABELS[kept]).loss * 5 / 6
+    torch.testing.assert_close(found.loss, right)
+    for gradient, expected in zip(gradients, torch.autograd.grad(right, rest, materialize_grads=True)):
+        torch.testing.assert_close(gradient[kept], expected)
+        assert not gradient[2].any()
+
+
 def test_one_class_is_one_line() -> None:
     with pytest.raises(DataError, match="dkd, which needs two classes"):
         criterion()(logits(classes=1), torch.zeros(6, dtype=torch.int64))

@@ -48,6 +48,11 @@ def test_what_does_not_fit_the_network(fields, exits, words):
         ({"teachers": [[0, float("nan")], [0, 0]]}, ["loss.teachers", "nan", "finite"]),
         ({"temperature": float("inf")}, ["loss.temperature", "inf", "finite"]),
         ({"temperature_bounds": [3, 2]}, ["temperature_bounds", "[3.0, 2.0]", "must rise"]),
+        (
+            {"temperature": [1, 5], "temperature_bounds": [0.1, 2]},
+            ["temperature holds 5", "temperature_bounds", "0.1 to 2"],
+        ),
+        ({"temperature": 2000}, ["temperature holds 2000", "temperature_bounds", "0.001 to 1000"]),
         ({"temperature_schedule": [[0, 1]]}, ["loss: temperature_rule is anneal", "1 points"]),
         ({"temperature_rule": "schedule"}, ["loss: temperature_rule is schedule", "0 points"]),
         ({"temperature_rule": "schedule", "temperature_schedule": [[5, 1], [5, 2]]}, ["[5, 5]", "must rise"]),
@@ -92,6 +97,13 @@ def test_tensors_that_do_not_fit(logits, targets, extra, words):
     with pytest.raises(DataError) as error:
         ExitDistillation.from_config(LossConfig(), 3)(logits, targets, **extra)
     assert_line(error.value, words)
+
+
+@pytest.mark.parametrize("passes", [0, -3, 1.5])
+def test_passes_are_counted_from_one(passes):
+    with pytest.raises(ConfigError) as error:
+        ExitDistillation.from_config(LossConfig(), 3)(LOGITS, LABELS, passes=passes)
+    assert_line(error.value, [f"passes is {passes}", "at least 1"])
 
 
 def assert_line(error, words):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dist_train.config import LossConfig
+from dist_train.errors import DataError
 from dist_train.loss.inputs import ExitWeights, LossOptions, Targets
 from dist_train.loss.objective import ExitDistillation, ExitStats, LabelMix
 from dist_train.loss.operator import exit_loss
@@ -62,6 +63,13 @@ def test_the_gradient_is_written_out_of_place_and_can_be_had_twice():
         assert torch.equal(z, copy)
         assert torch.equal(gradient, copied)
         torch.testing.assert_close(gradient, 2 * half)
+
+
+def test_a_second_derivative_is_refused():
+    """Of the logits the gradient is a constant to autograd: second derivatives would be wrong without an error."""
+    criterion, logits, labels = make_case()
+    with pytest.raises(DataError, match="no second derivatives; call backward or"):
+        torch.autograd.grad(criterion([z.tanh() for z in logits], labels).loss, logits, create_graph=True)
 
 
 def test_a_single_backward_pass_gives_the_gradient_away_without_writing_it_again():

@@ -27,7 +27,7 @@ def test_anneal_moves_above_the_threshold_only():
 
 
 def test_bounds_hold():
-    criterion = criterion_for(temperature=(1.0, 1.15, 0.9), anneal_factor=1.1, temperature_bounds=(1.0, 1.2))
+    criterion = criterion_for(temperature=(1.0, 1.15, 1.05), anneal_factor=1.1, temperature_bounds=(1.0, 1.2))
     for _ in range(4):
         criterion.end_batch(totals(0.9))
     assert criterion.temperature.tolist() == pytest.approx([1.2] * 3)
