@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
@@ -87,8 +88,6 @@ class AttachedExits(MultiExitNetwork):
         self.num_exits = len(heads)
         self.num_classes = num_classes
         self._at = tuple(at)
-        self._logits: list[Tensor] | None = None
-        self._wanted: int | None = None
         self._rows: dict[_Place, int] = {}
         for number, name in enumerate(at):
             network.get_submodule(name).register_forward_hook(partial(self._at_exit, number))
@@ -96,16 +95,15 @@ class AttachedExits(MultiExitNetwork):
     def exit_logits(self, images: Tensor) -> tuple[Tensor, ...]:
         """What the exits themselves give, M tensors [N, K], for images [N, 3, H, W]."""
         logits: list[Tensor] = []
-        self._logits = logits
-        output = self.network(images)
-        self._logits = None
+        output = self._run(images, logits)
         return (*logits, self._last_exit(output))
 
     def iter_exit_logits(self, images: Tensor) -> Generator[Tensor, Tensor | None, None]:
         """The same exit after exit; no submodule after an exit runs before the next one is asked for.
 
         Going on runs the network's own ``forward`` again, with what its submodules gave before: none of them computes
-        twice, only operations between them do (an addition, a reshape).
+        twice, only operations between them do (an addition, a reshape).  Their ``forward`` is replaced meanwhile, so that no
+        other thread may use the network; whole passes may run in several at once.
         """
         memory = _Memory(_outermost(self.network, self._at), self._rows)
         for number in range(self.num_exits):
@@ -138,15 +136,19 @@ class AttachedExits(MultiExitNetwork):
                 self._rows[place] = _APART
 
     def _run_to(self, number: int, images: Tensor, memory: _Memory) -> Tensor:
-        self._wanted = number
         try:
             with memory:
-                output = self.network(images)
+                output = self._run(images, number)
         except _Reached as reached:
             return reached.logits
-        finally:
-            self._wanted = None
         return self._last_exit(output)
+
+    def _run(self, images: Tensor, wanted: list[Tensor] | int) -> Any:
+        _passes.wanted[id(self)] = wanted
+        try:
+            return self.network(images)
+        finally:
+            del _passes.wanted[id(self)]
 
     def _last_exit(self, output: Any) -> Tensor:
         _refuse_several_logits(output, self.num_classes)
@@ -154,11 +156,21 @@ class AttachedExits(MultiExitNetwork):
         return logits
 
     def _at_exit(self, number: int, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._wanted == number:
-            raise _Reached(self.heads[number](_first_tensor(output)))
         # Another pass than a whole one or one to an exit, such as those of count_rows, needs no logits.
-        if self._wanted is None and self._logits is not None:
-            self._logits.append(self.heads[number](_first_tensor(output)))
+        if (wanted := _passes.wanted.get(id(self))) == number:
+            raise _Reached(self.heads[number](_first_tensor(output)))
+        if isinstance(wanted, list):
+            wanted.append(self.heads[number](_first_tensor(output)))
+
+
+class _Passes(threading.local):
+    """What the passes of this thread want, by id of their network: a list for the logits of all exits, or the exit to stop at."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[int, list[Tensor] | int] = {}
+
+
+_passes = _Passes()
 
 
 class _Reached(BaseException):

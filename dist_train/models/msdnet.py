@@ -105,8 +105,7 @@ class MSDNet(MultiExitNetwork):
         self.num_exits = exits
         self.num_classes = num_classes
         self.dialect = dialect
-        # A checkpoint with a context of its own cannot be compiled.  Only here, since it imports the compiler.
-        self._run_recomputed = torch.compiler.disable(_run_recomputed) if activation_checkpointing else None  # type: ignore[no-untyped-call]
+        self._recomputed = _Recomputed() if activation_checkpointing else None
         self.divisor = (1 if stem == 32 else 4) * 2 ** (scales - 1)
         spans = [base, *(step if step_mode == "even" else step * exit_ + 1 for exit_ in range(1, exits))]
         widths = _Widths(scales, growth, growth_factors, bottleneck_factors or None)
@@ -140,7 +139,7 @@ class MSDNet(MultiExitNetwork):
             features.append(layer(features[scale - 1] if scale else images))
         logits = []
         for number, (block, head) in enumerate(zip(self.blocks, self.heads)):
-            run = self._run_recomputed if self._run_recomputed and torch.is_grad_enabled() else _run_block
+            run = self._recomputed.run if self._recomputed and torch.is_grad_enabled() else _run_block
             features = run(cast(nn.ModuleList, block), features)
             coarsest, left = cast(Tensor, features[-1]), self.num_exits - number
             # Gradient equilibrium where its authors' code has it.  The factors multiply: what comes from behind is scaled by
@@ -349,6 +348,17 @@ def _run_block(block: nn.ModuleList, features: Features) -> Features:
     for stage in block:
         features = run_stage(cast(nn.ModuleDict, stage), features)
     return features
+
+
+class _Recomputed:
+    """:func:`_run_recomputed`, never compiled, as a checkpoint with a context of its own cannot be; pickled by name."""
+
+    def __init__(self) -> None:
+        # Only in a network that needs it, since it imports the compiler.
+        self.run = torch.compiler.disable(_run_recomputed)  # type: ignore[no-untyped-call]
+
+    def __reduce__(self) -> tuple[type[_Recomputed], tuple[()]]:
+        return _Recomputed, ()
 
 
 def _run_recomputed(block: nn.ModuleList, features: Features) -> Features:

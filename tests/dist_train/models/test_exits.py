@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -198,6 +200,21 @@ def test_passes_do_not_disturb_each_other(network: nn.Module) -> None:
     first.close()
     assert all("forward" not in vars(module) for module in network.network.modules())
     assert network.network(a).shape[0] == 2
+
+
+def test_threads_may_use_a_network_at_once() -> None:
+    network, images = resnet().eval(), [torch.randn(2, 3, 32, 32), torch.randn(3, 3, 32, 32)]
+    expected = [network(batch) for batch in images]
+    barrier = threading.Barrier(2, timeout=60)
+
+    def wait(*_: Any) -> None:
+        barrier.wait()
+
+    network.network.get_submodule("stages.0").register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(network, images))
+    for right, logits in zip(expected, found):
+        torch.testing.assert_close(logits, right)
 
 
 def test_training_reaches_every_parameter_also_of_a_copy(network: nn.Module) -> None:
