@@ -60,6 +60,7 @@ __all__ = [
     "Unit",
     "UserPath",
     "accumulation_steps",
+    "largest_zero_stage",
 ]
 
 
@@ -145,6 +146,15 @@ class Config(Section):
     def folder(self) -> Path:
         """The run's own folder."""
         return self.runs / self.name
+
+
+def largest_zero_stage(config: Config) -> int:
+    """The largest ZeRO stage that the other settings of a run allow."""
+    # PCGrad's backward pass per exit is wrong where gradients are partitioned, and CUDA graphs record fixed addresses.
+    if config.optim.exit_gradients == "pcgrad" or config.train.cuda_graphs is True:
+        return 0
+    # Stage 3 divides the averages, which are a teacher as a whole.
+    return 2 if AVERAGED in config.loss.outside_teachers else 3
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:

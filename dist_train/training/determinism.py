@@ -20,8 +20,9 @@ def make_deterministic(config: Config) -> Config:
         of them gets an image depends on their load.
     """
     # Only where it changes something: the call imports torch's compiler, which takes more than a second.
-    if config.train.deterministic != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(config.train.deterministic)
+    wanted, only_warns = config.train.deterministic, torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted != torch.are_deterministic_algorithms_enabled() or (wanted and only_warns):
+        torch.use_deterministic_algorithms(wanted)
     # By default cuDNN chooses by rules; by measuring, two starts could choose differently.
     torch.backends.cudnn.benchmark = False
     if not config.train.deterministic:

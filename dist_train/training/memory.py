@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from dist_train.config import Config
+from dist_train.config import Config, largest_zero_stage
 from dist_train.distributed.group import Group
 from dist_train.errors import DeviceError
 from dist_train.models.parts import exits_behind
@@ -105,12 +105,13 @@ def _remedies(config: Config, group: Group) -> str:
         if micro > 1
         else []
     )
-    if getattr(config.model, "activation_checkpointing", True) is False:
+    # A network that is recorded as CUDA graphs computes nothing again.
+    if getattr(config.model, "activation_checkpointing", True) is False and config.train.cuda_graphs is not True:
         ways.append("set model.activation_checkpointing to true")
     # ZeRO takes away what several processes hold of the same.
-    takes_zero = config.optim.exit_gradients != "pcgrad"
-    if group.ranks.world_size > 1 and config.train.zero_stage != 3 and takes_zero:
-        ways.append("raise train.zero_stage, up to 3")
+    stage, largest = config.train.zero_stage, largest_zero_stage(config)
+    if group.ranks.world_size > 1 and (0 if stage == "auto" else stage) < largest:
+        ways.append(f"raise train.zero_stage, up to {largest}")
     if group.device.type == "cuda" and config.data.decoder != "cpu":
         ways.append("set data.decoder to cpu")
     ways = ways or ["train on a device with more memory"]

@@ -75,7 +75,8 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_st
         # step + 1: at a learning rate of 0 the first update would be lost.
         return config.lr * (step + 1) / warmup
     if config.schedule == "multistep":
-        return config.lr * config.gamma ** sum(step >= milestone * total_steps for milestone in config.milestones)
+        # Rounded, since 0.55 * 220 is more than 121 in floats.
+        return config.lr * config.gamma ** sum(step >= round(share * total_steps, 6) for share in config.milestones)
     if config.schedule == "cosine":
         # Half a cosine, from lr down to final_lr * lr.
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))

@@ -13,6 +13,7 @@ from dist_train.training import checkpoint
 from dist_train.training.checkpoint import CheckpointMeta
 from dist_train.training.optim import state_names
 from dist_train.training.outside_teachers import teacher_fingerprints
+from dist_train.training.schedule import Schedule
 from shards.index import Index
 
 IMMUTABLE_FIELDS = (
@@ -54,11 +55,7 @@ def resume_point(config: Config, train: Index, val: Index) -> ResumePoint | None
 def has_ended(config: Config, steps_per_epoch: int) -> bool:
     """Whether the run has come to its end and, as it is configured now, would train on no further batch."""
     meta = checkpoint.newest_meta(config.folder)
-    if meta is None or not meta.finished:
-        return False
-    limit = config.train.max_steps
-    done = meta.progress.batch >= config.train.epochs * steps_per_epoch
-    return done or (limit is not None and meta.progress.step >= limit)
+    return meta is not None and meta.finished and Schedule(config, steps_per_epoch).at_end(meta.progress)
 
 
 def check_resumable(path: Path, config: Config, train: Index, val: Index) -> list[str]:

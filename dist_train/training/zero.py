@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from dist_train.config import Config, accumulation_steps
+from dist_train.config import Config, accumulation_steps, largest_zero_stage
 from dist_train.distributed.group import Group, launcher_variables
 from dist_train.training.optim import state_names
 
@@ -28,14 +28,12 @@ PARTITIONED_FROM = 2**30
 def chosen_stage(config: Config, model: nn.Module, world_size: int) -> int:
     """The ZeRO stage of a run; ``auto`` partitions the optimizer's state where the memory saved is worth the time.
 
-    ZeRO 1 costs host time in every step for bookkeeping, which small networks cannot hide.  PCGrad and CUDA graphs need stage 0.
+    ZeRO 1 costs host time in every step for bookkeeping, which small networks cannot hide.
     """
     if config.train.zero_stage != "auto":
         return config.train.zero_stage
-    if config.optim.exit_gradients == "pcgrad" or config.train.cuda_graphs is True:
-        return 0
     state = 4 * sum(parameter.numel() for parameter in model.parameters()) * len(state_names(config.optim))
-    return 1 if state >= PARTITIONED_FROM and world_size > 1 else 0
+    return 1 if state >= PARTITIONED_FROM and world_size > 1 and largest_zero_stage(config) else 0
 
 
 def bucket_elements(parameters: int) -> int:

@@ -54,6 +54,12 @@ def test_everything_that_varies_is_switched_and_a_run_without_it_switches_back()
     assert config == settings(False)
 
 
+def test_what_only_warned_before_is_refused():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    make_deterministic(settings(True))
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -58,6 +58,23 @@ def test_only_remedies_that_a_run_has_are_named():
     assert "zero_stage" not in remedies(eight_gpus, zero_stage=3)
 
 
+def test_no_remedy_is_one_that_the_configuration_refuses():
+    def remedies(**sections):
+        config = make_config({"data": {"shards": "none"}, "model": SMALL_MODEL} | sections)
+        eight = SimpleNamespace(ranks=Ranks(0, 8, 0, 8), device=torch.device("cuda", 0))
+        with pytest.raises(DeviceError) as caught, explain_out_of_memory(config, eight):
+            raise MemoryError
+        return str(caught.value)
+
+    recorded = remedies(train={"cuda_graphs": True})
+    assert "zero_stage" not in recorded
+    assert "activation_checkpointing" not in recorded
+    assert "zero_stage" not in remedies(optim={"exit_gradients": "pcgrad"})
+    taught = {"loss": {"outside_teachers": ["averaged"]}, "optim": {"ema_decay": 0.9}}
+    assert "train.zero_stage, up to 2," in remedies(**taught)
+    assert "zero_stage" not in remedies(**taught, train={"zero_stage": 2})
+
+
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="shape") as caught, explain_out_of_memory(settings(), ONE_CPU):
         raise RuntimeError("shape mismatch")

@@ -25,6 +25,13 @@ def test_multistep_drops_at_its_milestones():
     assert len(set(found)) == 3
 
 
+def test_a_milestone_is_the_step_that_its_share_is_in_decimals():
+    """0.55 * 220 is a little more than 121 in floats."""
+    config = OptimConfig(lr=0.4, schedule="multistep", milestones=(0.55,), gamma=0.1)
+    found = [learning_rate(config, step, 11, 220) for step in (120, 121)]
+    assert found == [0.4, pytest.approx(0.04)]
+
+
 def test_cosine_falls_from_the_peak_to_its_end():
     found = rates(final_lr=0.1)
     assert found[0] == 0.4
