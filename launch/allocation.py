@@ -21,7 +21,7 @@ from dist_train.config import Config
 from dist_train.config_file import load_config
 from dist_train.distributed.launcher import free_port
 from dist_train.distributed.lock import RunLock
-from dist_train.errors import FAILED, STOPPED, USER_ERROR, SlurmError, UserError
+from dist_train.errors import FAILED, STOPPED, USER_ERROR, SlurmError, StorageError, UserError
 from dist_train.files import write_whole
 from dist_train.tracking.mirror import end
 from dist_train.tracking.mlflow import PARENT
@@ -112,7 +112,8 @@ def _claim(config: Config, job: str) -> None:
 
 def _start(config: Config, arguments: list[str]) -> subprocess.Popen[bytes]:
     nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
-    tasks = _tasks_per_node()
+    tasks = _tasks_per_node(len(nodes))
+    _say(f"nodes: {len(nodes)}, processes on each: {tasks}")
     # Tried for real: the name of a file system does not tell whether all nodes mount it.
     if len(nodes) > 1:
         _check_shared(config.folder, nodes)
@@ -121,7 +122,8 @@ def _start(config: Config, arguments: list[str]) -> subprocess.Popen[bytes]:
     words += [f"--ntasks-per-node={tasks}", "--export=ALL", "--wait=60"]
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not inherit it from the allocation
         words.append(f"--cpus-per-task={cpus}")
-    if "SLURM_GPUS_PER_NODE" in os.environ:  # every rank takes the GPU of its local rank
+    # Every rank takes the GPU of its local rank.
+    if {"SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_GPUS_ON_NODE"} & os.environ.keys():
         words.append("--gpu-bind=none")
     words += [f"--{flag}" for flag in config.slurm.srun]
     # A free port of this machine: the batch step runs on the first node, which is rank 0's.
@@ -134,10 +136,21 @@ def _start(config: Config, arguments: list[str]) -> subprocess.Popen[bytes]:
     )
 
 
-def _tasks_per_node() -> int:
+def _tasks_per_node(nodes: int) -> int:
     """As the allocation was asked for: by tasks, else one for every GPU, else one."""
-    wanted = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_GPUS_PER_NODE", "1").rpartition(":")[2]
-    tasks = int(re.match(r"\d+", wanted)[0])  # type: ignore[index]
+    asked = os.environ.get
+    # SLURM counts the tasks of each node also where nobody has asked for any; then they are one on each.
+    if wanted := asked("SLURM_NTASKS_PER_NODE") or (asked("SLURM_NTASKS") and asked("SLURM_TASKS_PER_NODE")):
+        # Such as 8(x2),4: two nodes with 8 tasks and one with 4.
+        counts = set(re.sub(r"\(x\d+\)", "", wanted).split(","))
+        if len(counts) > 1:
+            raise SlurmError(
+                f"the allocation has unlike numbers of tasks on its nodes, {wanted}; ask for the same on each, with "
+                "--ntasks-per-node"
+            )
+        tasks = int(counts.pop())
+    else:
+        tasks = _gpus_per_node(nodes) or 1
     cores = min(int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", os.environ["SLURM_JOB_CPUS_PER_NODE"]))
     if tasks > cores:
         raise SlurmError(
@@ -147,17 +160,42 @@ def _tasks_per_node() -> int:
     return tasks
 
 
+def _gpus_per_node(nodes: int) -> int:
+    total = _gpus("SLURM_GPUS")
+    # Of this node, the first one, where they were asked for by --gres or --gpus; salloc tells the total alone.
+    gpus = _gpus("SLURM_GPUS_PER_NODE") or _gpus("SLURM_GPUS_ON_NODE") or total // nodes
+    if total not in (0, gpus * nodes):
+        raise SlurmError(
+            f"the allocation has {total} GPUs, but not the same number on each of its {nodes} nodes; ask for "
+            "--gpus-per-node"
+        )
+    return gpus
+
+
+def _gpus(name: str) -> int:
+    """GPUs that a variable tells, such as 8, a100:8 or a100:4,v100:4; 0 where it is not set."""
+    return sum(int(one.rpartition(":")[2]) for one in os.environ.get(name, "0").split(","))
+
+
 def _check_shared(folder: Path, nodes: list[str]) -> None:
     """Refuse a run folder that is not the same folder on every node of the allocation."""
     token = folder.resolve() / f".shared-{uuid.uuid4().hex}"
-    token.parent.mkdir(parents=True, exist_ok=True)
-    token.touch()
+    try:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    except OSError as error:
+        # Of a class that is requeued: a file system that is full or away now may be there for the next start.
+        raise StorageError(
+            f"{folder}: cannot be written ({error.strerror}); free space, or set another --runs"
+        ) from None
     script = f"test -e {shlex.quote(str(token))} || echo missing on $SLURMD_NODENAME"
     try:
         words = ["srun", "--mpi=none", "--overcommit", f"--nodes={len(nodes)}", "--ntasks-per-node=1"]
         said = slurm.ask(*words, f"--ntasks={len(nodes)}", "sh", "-c", script)
     finally:
-        token.unlink()
+        # What is left there harms nobody.
+        with contextlib.suppress(OSError):
+            token.unlink()
     missing = re.findall(r"missing on (\S+)", said)
     if missing:
         raise SlurmError(

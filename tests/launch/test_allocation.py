@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from dist_train.config_file import dump_config, make_config
+from dist_train.errors import SlurmError, StorageError
+from launch import allocation
 from tests.common import LIMIT, ROOT
 
 
@@ -25,8 +27,8 @@ def job(tmp_path):
     """`job(code, *arguments)` starts a Python program, or without code a command, in job 7; its squeue makes the file `asked` and takes 2 seconds."""
     scripts = {
         "squeue": f"touch {tmp_path}/asked; sleep 2",
-        "scontrol": f'echo "$@" >> {tmp_path}/said; echo JobId=7 JobState=RUNNING BatchFlag=1',
-        "srun": "echo the ranks were started; exit 3",
+        "scontrol": f'echo "$@" >> {tmp_path}/said; [ $2 = hostnames ] && echo n1 || echo JobId=7 JobState=RUNNING BatchFlag=1',
+        "srun": 'echo "the ranks were started: $@"; exit 3',
         "sbatch": f"cp $1 {tmp_path}/batch.sh; echo Submitted batch job 7",
     }
     (tmp_path / "bin").mkdir()
@@ -111,3 +113,61 @@ assert allocation._may_try_again(config, "7", 74)
     assert process.returncode == 0, output
     assert "failures.json: cannot be written" in output
     assert "the ranks ended with exit code 74 after the checkpoint of step 0 (1 of 3)" in output
+
+
+def test_gpus_on_a_node_start_a_process_each_that_sees_all_of_them(config, job):
+    variables = ["SLURM_GPUS_ON_NODE=2", "SLURM_TASKS_PER_NODE=1", "SLURM_JOB_CPUS_PER_NODE=2"]  # of --gres=gpu:2
+    process = job(None, "env", *variables, sys.executable, "launch/slurm.py", config)
+    output = process.communicate(timeout=LIMIT)[0]
+    assert "launch.slurm: nodes: 1, processes on each: 2\n" in output
+    assert "--ntasks=2 --ntasks-per-node=2" in output
+    assert "--gpu-bind=none" in output
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """`asked(NTASKS=8)` is an allocation of 2 nodes with these variables; gives its tasks on each node."""
+
+    def tasks(**variables):
+        for name, value in {"JOB_CPUS_PER_NODE": "64(x2)", "TASKS_PER_NODE": "1(x2)", **variables}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        return allocation._tasks_per_node(2)
+
+    return tasks
+
+
+@pytest.mark.parametrize(
+    ("variables", "tasks"),
+    [
+        ({}, 1),
+        ({"NTASKS_PER_NODE": "2", "GPUS_PER_NODE": "8"}, 2),
+        ({"NTASKS": "16", "TASKS_PER_NODE": "8(x2)", "GPUS_ON_NODE": "4"}, 8),
+        ({"GPUS_PER_NODE": "a100:6,h100:2"}, 8),
+        ({"GPUS_ON_NODE": "8"}, 8),  # --gres=gpu:8
+        ({"GPUS": "a100:16", "GPUS_ON_NODE": "8"}, 8),
+        ({"GPUS": "16"}, 8),  # salloc
+    ],
+)
+def test_each_node_gets_the_processes_that_were_asked_for(asked, variables, tasks):
+    assert asked(**variables) == tasks
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"NTASKS": "9", "TASKS_PER_NODE": "8,1"}, "unlike numbers of tasks on its nodes, 8,1; ask for the same"),
+        ({"GPUS": "5", "GPUS_ON_NODE": "4"}, "has 5 GPUs, but not the same number on each of its 2 nodes"),
+        ({"GPUS": "5"}, "has 5 GPUs, but not the same number"),
+        ({"GPUS_ON_NODE": "65"}, "has 64 cores on a node for 65 tasks"),
+    ],
+)
+def test_nodes_with_unlike_numbers_of_processes_are_refused(asked, variables, said):
+    with pytest.raises(SlurmError, match=said):
+        asked(**variables)
+
+
+def test_a_run_folder_that_cannot_be_written_is_tried_again_later(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot be written \(Not a directory\)") as refused:
+        allocation._check_shared(tmp_path / "file" / "run", ["n1", "n2"])
+    assert refused.value.exit_code == 1
