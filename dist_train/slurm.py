@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import io
 import math
 import os
@@ -37,6 +36,15 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
 
 ELEMENTS = ".elements"
 """Ending of a file with the run folders of an array, in the order of its elements."""
+
+_OTHER_NAMES = {
+    "time": ["TIMELIMIT"],
+    "array": ["ARRAY_INX"],
+    "mem": ["MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"],
+    "requeue": ["REQUEUE", "NO_REQUEUE"],
+    "switches": ["REQ_SWITCH"],
+}
+"""Flags of sbatch and their variables SBATCH_NAME, or those that contradict the flag, where the names differ."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,9 @@ def ask(*words: str) -> str:
     if shutil.which(words[0]) is None:
         raise SlurmError(f"{words[0]} is not on this machine; to train here use python -m launch.local CONFIG")
     try:
-        result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        # The user's own views of the queue and the cluster, such as SQUEUE_STATES, would hide jobs and nodes.
+        environment = {name: value for name, value in os.environ.items() if not re.match("(SQUEUE|SINFO)_", name)}
+        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         raise Unanswered(f"{words[0]} does not answer; is SLURM's controller up? (scontrol ping)") from None
     if result.returncode:
@@ -95,11 +105,11 @@ def ask(*words: str) -> str:
 def partitions() -> dict[str, Partition]:
     """All partitions by name."""
     found: dict[str, Partition] = {}
-    for line in ask("sinfo", "--all", "--noheader", "--format=%P|%l|%D|%c|%G").splitlines():
+    # Exact: nodes of 64 and of 128 cores are two lines, and not one of "64+".
+    for line in ask("sinfo", "--all", "--exact", "--noheader", "--format=%P|%l|%D|%c|%G").splitlines():
         name, limit, nodes, cores, gres = line.strip().split("|")
         gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
-        # 64+ stands for nodes of 64 cores or more.
-        cpus = int(cores.rstrip("+"))
+        cpus = int(cores)
         before = found.get(name.rstrip("*"), Partition("", 0, 0, 0, 0, False, 0))
         # A partition has a line for each kind of node; of those without GPUs a run on GPUs gets none.
         shares = [share for share in (before.cores_per_gpu, cpus // gpus if gpus else 0) if share]
@@ -122,10 +132,17 @@ def max_array_size() -> int:
 
 
 @contextlib.contextmanager
-def outside_of_jobs() -> Iterator[None]:
-    """Without the variables of the job that this process may be in: sbatch would take them for wishes of the new one."""
-    inside = re.compile(r"SLURM(?!_CONF$)\w*|PMI\w*|SRUN_\w*")
-    kept = {name: os.environ.pop(name) for name in list(os.environ) if inside.fullmatch(name)}
+def outside_of_jobs(script: str) -> Iterator[None]:
+    """Without the variables that sbatch would take for wishes of the new job, or prefer to what its script says.
+
+    They are those of the job that this process may be in, and each ``SBATCH_NAME`` of a flag that the script sets.
+    """
+    # The configuration, the token and the cluster belong to the user, and to no job.
+    inside = re.compile(r"SLURM(?!_(CONF|JWT|CLUSTERS)$)\w*|PMI\w*|SRUN_\w*")
+    # An array and a log of errors only where the script wants them, which otherwise says nothing about them.
+    flags = {"array", "error", *re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)}
+    said = {f"SBATCH_{name}" for flag in flags for name in _OTHER_NAMES.get(flag, [flag.upper().replace("-", "_")])}
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if inside.fullmatch(name) or name in said}
     try:
         yield
     finally:
@@ -166,7 +183,9 @@ def jobs() -> dict[Path, str]:
     The comment of an array is a file with one folder per element, until an element says its own.
     """
     found: dict[Path, str] = {}
-    for line in ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--array", "--format=%i|%k").splitlines():
+    # By number: the name may be missing in a container, and LOGNAME may be another's.
+    words = ("squeue", "--all", "--noheader", f"--user={os.getuid()}", "--array", "--format=%i|%k")
+    for line in ask(*words).splitlines():
         number, _, comment = line.strip().partition("|")
         folder = Path(comment)
         if folder.suffix == ELEMENTS and folder.is_file():
@@ -247,7 +266,7 @@ def submit(executor: Any, function: Callable[..., Any], calls: Sequence[tuple[An
 
     try:
         # submitit prints what sbatch says, and raises it as well.
-        with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs(), executor.batch():
+        with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs(script(executor, 1)), executor.batch():
             return [executor.submit(function, *call) for call in calls]
     except FailedJobError as error:
         raise SlurmError(last_line(str(error)).replace("error: ", "")) from None

@@ -20,7 +20,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import urlsplit
 
 from dist_train import slurm
@@ -82,24 +82,19 @@ def _parser() -> Parser:
 
 
 def _as_overrides(known: argparse.Namespace) -> list[str]:
-    """The job's flags as overrides of the section slurm; quoted, so that YAML reads a partition named 1 or on as a word."""
-    words = (
-        "partition",
-        "account",
-        "qos",
-        "constraint",
-        "reservation",
-        "dependency",
-        "setup",
-        "exclusive",
-        "sbatch",
-        "srun",
-    )
+    """The job's flags as overrides of the section slurm; text is quoted, so that YAML reads a partition named 1 or on as a word."""
+    from dist_train.config import SlurmConfig
+
+    texts = {f"slurm.{name}" for name, field in SlurmConfig.model_fields.items() if _holds_text(field.annotation)}
     return [
-        f"--{key}={json.dumps(value) if key.removeprefix('slurm.') in words else value}"
+        f"--{key}={json.dumps(value) if key in texts else value}"
         for key, value in vars(known).items()
         if key.startswith("slurm.") and value not in (None, False)
     ]
+
+
+def _holds_text(annotation: Any) -> bool:
+    return annotation is str or any(map(_holds_text, get_args(annotation)))
 
 
 def _submit(known: argparse.Namespace, overrides: list[str], command: str) -> int:
@@ -124,12 +119,12 @@ def _submit(known: argparse.Namespace, overrides: list[str], command: str) -> in
 
 
 def _warn_unreachable(uri: str) -> None:
-    place = urlsplit(uri)
-    if place.scheme not in ("http", "https") or not place.hostname:
-        return
     try:
+        place = urlsplit(uri)
+        if place.scheme not in ("http", "https") or not place.hostname:
+            return
         socket.create_connection((place.hostname, place.port or {"http": 80, "https": 443}[place.scheme]), 3).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: the port is no number, and the job is submitted all the same
         print(
             f"launch.slurm: warning: MLflow at {uri} cannot be reached ({error}); the run keeps its metrics, and "
             "dist-train sync RUN sends them later"

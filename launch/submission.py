@@ -16,7 +16,7 @@ from dist_train import slurm
 from dist_train.config import Config, SlurmConfig
 from dist_train.config_file import dump_config
 from dist_train.distributed.group import Ranks
-from dist_train.errors import ConfigError, SlurmError, TrackingError, UserError
+from dist_train.errors import ConfigError, DataError, SlurmError, TrackingError, UserError
 from dist_train.tracking.mlflow import create_parent
 from dist_train.training.preflight import check_processes
 from launch import allocation
@@ -113,9 +113,22 @@ def submit(configs: Sequence[Config], folder: Path, command: str | None) -> list
 
     Raises:
         SlurmError: sbatch refuses the job; its words are in the message.
+        DataError: the run folders cannot be written.
     """
     executor = _executor(configs, folder)
     parent = _parent(configs, folder.name, command) if command and len(configs) > 1 else None
+    try:
+        kept = _keep(configs, executor)
+        jobs = slurm.submit(executor, allocation.run_job, [(str(path), parent) for path in kept])
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); free space, or set another folder of runs"
+        ) from None
+    return [Submitted(job.job_id, config, job.paths.stdout) for job, config in zip(jobs, configs)]
+
+
+def _keep(configs: Sequence[Config], executor: Any) -> list[Path]:
+    """Write what the jobs will read: their configurations, whose paths these are, and what an array works on."""
     # Named in the job's comment before the array exists, so that a second submission finds its folders taken.
     if len(configs) > 1:
         elements = Path(executor.parameters["comment"])
@@ -128,8 +141,7 @@ def submit(configs: Sequence[Config], folder: Path, command: str | None) -> list
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_config(config))  # what is edited while the job waits must not change it
         kept.append(path)
-    jobs = slurm.submit(executor, allocation.run_job, [(str(path), parent) for path in kept])
-    return [Submitted(job.job_id, config, job.paths.stdout) for job, config in zip(jobs, configs)]
+    return kept
 
 
 def _executor(configs: Sequence[Config], folder: Path) -> Any:
@@ -141,7 +153,7 @@ def _executor(configs: Sequence[Config], folder: Path) -> Any:
         "job_name": folder.name,
         "nodes": job.nodes,
         "ntasks_per_node": job.tasks,
-        "time": max(1, round(60 * job.hours)),
+        "time": job.minutes,
         "gpus_per_node": job.gpus_per_node,
         "cpus_per_task": job.cpus_per_task,
         "partition": job.partition,
@@ -149,7 +161,7 @@ def _executor(configs: Sequence[Config], folder: Path) -> Any:
         "qos": job.qos,
         "constraint": job.constraint,
         "dependency": job.dependency,
-        "mem": f"{round(1024 * job.memory_gb)}M" if job.memory_gb else None,
+        "mem": f"{job.megabytes}M" if job.megabytes else None,
         "exclusive": job.exclusive or None,
         "setup": _setup(job),
         "signal_delay_s": job.signal_seconds,
@@ -200,7 +212,7 @@ def _check_partition(job: SlurmConfig) -> slurm.Partition:
     slurm.ask("sbatch", "--version")
     offered = slurm.partitions()
     default = next((partition.name for partition in offered.values() if partition.default), "")
-    # As sbatch itself decides.
+    # As sbatch will, from which slurm.submit keeps the variable where the job says the partition itself.
     wanted = job.partition or os.environ.get("SBATCH_PARTITION") or default
     if not wanted:
         raise SlurmError(f"the cluster has no default partition; sinfo offers {_names(offered)}; set --partition")

@@ -13,7 +13,10 @@ from dist_train.config.base import Positive, Section
 FLAG = re.compile(r"[a-z][a-z-]+(=.+)?")
 """A long flag of sbatch or srun, without its dashes."""
 
-OWN_SBATCH = ("array", "comment", "error", "job-name", "open-mode", "output", "requeue", "signal", "time")
+OWN_SBATCH = (
+    *("array", "comment", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "time"),
+    *("gpus", "gpus-per-task", "gres", "mem", "ntasks", "ntasks-per-node"),
+)
 """Flags of sbatch by which the job and its logs are found again, or that have a field of another name."""
 
 OWN_SRUN = ("export", "mpi", "nodes", "ntasks", "ntasks-per-node", "wait")
@@ -66,9 +69,14 @@ class SlurmConfig(Section):
             raise ValueError(
                 f"tasks_per_node is {self.tasks_per_node}; with GPUs there is one task for each of them, leave it out"
             )
+        # Told to save as soon as it starts, the job would be requeued again and again.
+        if self.signal_seconds >= 60 * self.minutes:
+            raise ValueError(
+                f"signal_seconds is {self.signal_seconds}, but the time limit (hours) is {60 * self.minutes} seconds; "
+                "raise hours, or set fewer signal_seconds"
+            )
         fields = {name.replace("_", "-") for name in SlurmConfig.model_fields}
-        # mem and ntasks-per-node are set from fields that have other names.
-        _check_flags("sbatch", self.sbatch, {*OWN_SBATCH, "mem", "ntasks-per-node", *fields})
+        _check_flags("sbatch", self.sbatch, {*OWN_SBATCH, *fields})
         _check_flags("srun", self.srun, OWN_SRUN)
         return self
 
@@ -76,6 +84,16 @@ class SlurmConfig(Section):
     def tasks(self) -> int:
         """Processes on each node."""
         return self.gpus_per_node or self.tasks_per_node or 1
+
+    @property
+    def minutes(self) -> int:
+        """The time limit as SLURM takes it, in whole minutes."""
+        return max(1, round(60 * self.hours))
+
+    @property
+    def megabytes(self) -> int | None:
+        """Memory of each node as SLURM takes it; at least one, because zero stands for all that a node has."""
+        return max(1, round(1024 * self.memory_gb)) if self.memory_gb else None
 
 
 def _check_flags(program: str, flags: Collection[str], own: Collection[str]) -> None:
