@@ -144,7 +144,8 @@ def cells(study: StudyConfig) -> list[Cell]:
     """All cells, seeds innermost; raises ConfigError where a cell's configuration is not valid or two have one name."""
     made = []
     # The last axis varies fastest, so that a group and its baseline are trained close together.
-    for combination in itertools.product(*(variants.items() for variants in study.axes.values())):
+    for numbered in itertools.product(*(enumerate(variants.items(), start=1) for variants in study.axes.values())):
+        combination = [variant for _, variant in numbered]
         words = {axis: _label(axis, variant) for axis, (variant, _) in zip(study.axes, combination)}
         label = ", ".join(words.values())
         first = {study.against: _label(study.against, next(iter(study.axes[study.against])))}
@@ -154,8 +155,8 @@ def cells(study: StudyConfig) -> list[Cell]:
         for settings in (study.set, *(settings for _, settings in combination)):
             for key, value in settings.items():
                 fields |= fields_of(key, value)
-        # It becomes the name of a folder and of a run.
-        short = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", variant).strip("_.") for variant, _ in combination)
+        # It becomes the name of a folder and of a run, where a variant in other letters has its number.
+        short = "-".join(_ascii(variant) or str(number) for number, (variant, _) in numbered)
         for seed in study.seeds:
             name = f"{short}-seed{seed}"
             given = fields | {"name": name, "runs": str(study.folder), "seed": seed}
@@ -172,7 +173,7 @@ def cells(study: StudyConfig) -> list[Cell]:
 
 def _in_the_store_of_all(study: StudyConfig, cell: Cell) -> Cell:
     """The cell with MLflow's store beside all runs, which would be in the study's folder otherwise; checks its configuration."""
-    if config_of(study, cell).tracking.uri is not None or "MLFLOW_TRACKING_URI" in os.environ:
+    if config_of(study, cell).tracking.uri is not None or os.environ.get("MLFLOW_TRACKING_URI"):
         return cell
     store = f"sqlite:///{study.runs.resolve() / 'mlflow.db'}"
     return replace(cell, overrides=(*cell.overrides, "--tracking.uri", store))
@@ -190,6 +191,10 @@ def _label(axis: str, variant: str) -> str:
     """A named variant needs no explanation; a number or a boolean is shown with its field."""
     named = re.search(r"[A-Za-z]{2}", variant) and variant not in ("true", "false", "null")
     return variant if named else f"{axis.rpartition('.')[2]} {variant}"
+
+
+def _ascii(variant: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "_", variant).strip("_.")
 
 
 def _word(value: Any) -> str:

@@ -29,7 +29,8 @@ REACH_SECONDS = 25
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 
 OWN = re.compile(
-    r"(HOME|USER|LOGNAME|SHELL|MAIL|HOSTNAME|HOST|PWD|OLDPWD|SHLVL|_|TERM|DISPLAY|TMPDIR|(SSH|XDG|DBUS|LC|SLURM|PMI)_.*|"
+    r"(HOME|USER|LOGNAME|SHELL|MAIL|HOSTNAME|HOST|PWD|OLDPWD|SHLVL|_|TERM|DISPLAY|TMPDIR|TMP|TEMP|KRB5CCNAME|"
+    r"(SSH|XDG|DBUS|LC|SLURM|SLURMD|PMI|PMIX)_.*|"
     r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|BASH_FUNC.*)"
 )
 """Variables that belong to one node or login; all others are forwarded."""
@@ -74,7 +75,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         ConfigError: the file cannot be read, has a bad line (the message has its number), a host twice, or none.
     """
     try:
-        lines = path.read_text().splitlines()
+        # As UTF-8 whatever the locale; a byte order mark, which some editors write, is no part of the first name.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); give a file with a line 'HOST slots=N' per node"

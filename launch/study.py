@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shlex
 import shutil
@@ -13,12 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from dist_train import slurm
 from dist_train.compare.files import publish
 from dist_train.compare.grouping import NEUTRAL, compare
 from dist_train.compare.runs import read_folder
 from dist_train.config_file import changed_fields, load_config
+from dist_train.distributed.lock import locked_alone
 from dist_train.errors import FAILED, STOPPED, ConfigError, DataError, SlurmError
 from dist_train.training.checkpoint import is_finished
 from launch import submission
@@ -65,14 +66,11 @@ def complete(study: StudyConfig, grid: Sequence[Cell], *, on_slurm: bool, comman
     Raises:
         UserError: the study is running already, or cannot be trained here.
     """
-    study.folder.mkdir(parents=True, exist_ok=True)
-    with (study.folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    with _lock_file(study) as lock:
+        if not locked_alone(lock, study.folder / "lock"):
             raise DataError(
                 f"{study.folder}: this study is running already (or a run that it started is); wait for it, or stop it"
-            ) from None
+            )
         # The lock is released on return: the jobs are protected by their comments.
         if on_slurm:
             if _submit(study, grid):
@@ -87,6 +85,16 @@ def complete(study: StudyConfig, grid: Sequence[Cell], *, on_slurm: bool, comman
     if status != STOPPED:
         _compare(study, grid, command)
     return status
+
+
+def _lock_file(study: StudyConfig) -> IO[str]:
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        return (study.folder / "lock").open("w")
+    except OSError as error:
+        raise DataError(
+            f"{study.folder}: cannot be written ({error.strerror}); free space, or set another runs in the study file"
+        ) from None
 
 
 class Trainings:

@@ -126,17 +126,8 @@ class RunLock:
         # Tried again in a loop: a blocking flock would have no timeout, and would hang over a dead NFS server.
         deadline, said = time.monotonic() + wait_seconds, False
         while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if locked_alone(self._file, self.path):
                 return True
-            except OSError as error:
-                if error.errno not in _BUSY:  # ENOLCK, ENOSYS: mounted without locks
-                    log.warning(
-                        "%s: this file system has no locks (%s); a second training in this folder cannot be detected",
-                        self.path,
-                        error.strerror,
-                    )
-                    return True
             if time.monotonic() > deadline:
                 return False
             if not said:
@@ -154,6 +145,22 @@ class RunLock:
                 holder = self.holder()
                 self.release()
                 raise DataError(f"{self.path.parent}: {holder} has just started training in it") from None
+
+
+def locked_alone(file: IO[Any], path: Path) -> bool:
+    """Take an exclusive lock now; false where another has it, true with a warning where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _BUSY:
+            return False
+        # ENOLCK, ENOSYS: mounted without locks.
+        log.warning(
+            "%s: this file system has no locks (%s); a second training in this folder cannot be detected",
+            path,
+            error.strerror,
+        )
+    return True
 
 
 def _myself() -> dict[str, object]:

@@ -133,6 +133,16 @@ def test_odd_names_reach_a_nodes_shell_as_they_are(tmp_path, monkeypatch):
         nodes._check_nodes({"node1": 1}, "it's yours.yaml")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_hosts_name(tmp_path):
+    (tmp_path / "hosts").write_text("node1 slots=2\n", encoding="utf-8-sig")
+    assert read_hostfile(tmp_path / "hosts") == {"node1": 2}
+
+
+def test_what_belongs_to_one_node_or_login_is_not_forwarded():
+    names = ["TMP", "TEMP", "KRB5CCNAME", "PMIX_RANK", "SLURMD_NODENAME", "SLURM_JOB_ID", "TMPFS", "NCCL_DEBUG"]
+    assert [name for name in names if not nodes.OWN.fullmatch(name)] == ["TMPFS", "NCCL_DEBUG"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -1,5 +1,6 @@
 """A study that is killed goes on where it was, and gives what an undisturbed one gives."""
 
+import errno
 import json
 import os
 import re
@@ -16,10 +17,11 @@ from dist_train import cli
 from dist_train.compare.grouping import compare
 from dist_train.compare.runs import read_store
 from dist_train.config_file import dump_config, load_config
+from dist_train.errors import STOPPED, DataError
 from dist_train.training import checkpoint
 from dist_train.training.checkpoint import Checkpoint, CheckpointMeta, Progress
 from launch.grid import config_of
-from launch.study import cells, load_study
+from launch.study import cells, complete, load_study
 from tests.common import LIMIT, ROOT
 
 STUDY = """\
@@ -175,6 +177,43 @@ def test_names_of_variants_are_taken_as_they_are_written(study_file):
     study = load_study(study_file("words", "{alone: {loss.teachers: none}, taught: {loss.teachers: last}}", variants))
     groups = [config_of(study, cell).tracking.group for cell in cells(study)]
     assert groups == ["run #1", "try: 1", "teacher 12", "naïve 🙂"]
+
+
+def test_variants_in_other_letters_are_called_by_their_numbers(study_file):
+    variants = "{'ένα': {loss.teachers: none}, two: {}, 'три': {loss.teachers: last}}"
+    path = study_file("letters", "{alone: {loss.teachers: none}, taught: {loss.teachers: last}}", variants)
+    assert [cell.name for cell in cells(load_study(path))] == ["1-seed3", "two-seed3", "3-seed3"]
+
+
+def test_an_empty_variable_of_mlflow_is_as_none(study_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    study = load_study(study_file("stored"))
+    assert config_of(study, cells(study)[0]).tracking.uri == f"sqlite:///{tmp_path / 'stored' / 'mlflow.db'}"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EWOULDBLOCK])
+def test_only_a_lock_that_another_holds_means_that_the_study_is_running(study_file, monkeypatch, caplog, code):
+    def flock(*_):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    study = load_study(study_file("locked"))
+    monkeypatch.setattr("launch.study.Trainings.all", lambda *_: STOPPED)
+    if code == errno.ENOSYS:
+        assert complete(study, cells(study), on_slurm=False, command="") == STOPPED
+        assert "this file system has no locks (no)" in caplog.text
+    else:
+        with pytest.raises(DataError, match="running already"):
+            complete(study, cells(study), on_slurm=False, command="")
+
+
+def test_a_study_folder_that_cannot_be_written_is_one_line(study_file, tmp_path, capsys):
+    path = study_file("file")
+    (tmp_path / "file").write_text("")
+    assert cli.run(["study", str(path)]) == 2
+    errors = capsys.readouterr().err
+    assert "tiny: cannot be written (Not a directory); free space, or set another runs" in errors
+    assert errors.count("\n") == 1
 
 
 def test_a_section_as_a_whole_leaves_its_other_fields_as_they_are(study_file):
