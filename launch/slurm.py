@@ -119,6 +119,8 @@ def _submit(known: argparse.Namespace, overrides: list[str], command: str) -> in
 
 
 def _warn_unreachable(uri: str) -> None:
+    from dist_train.tracking.mlflow import without_password
+
     try:
         place = urlsplit(uri)
         if place.scheme not in ("http", "https") or not place.hostname:
@@ -126,7 +128,7 @@ def _warn_unreachable(uri: str) -> None:
         socket.create_connection((place.hostname, place.port or {"http": 80, "https": 443}[place.scheme]), 3).close()
     except (OSError, ValueError) as error:  # ValueError: the port is no number, and the job is submitted all the same
         print(
-            f"launch.slurm: warning: MLflow at {uri} cannot be reached ({error}); the run keeps its metrics, and "
+            f"launch.slurm: warning: MLflow at {without_password(uri)} cannot be reached ({error}); the run keeps its metrics, and "
             "dist-train sync RUN sends them later"
         )
 

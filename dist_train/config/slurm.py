@@ -14,8 +14,22 @@ FLAG = re.compile(r"[a-z][a-z-]+(=.+)?")
 """A long flag of sbatch or srun, without its dashes."""
 
 OWN_SBATCH = (
-    *("array", "comment", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "time"),
-    *("gpus", "gpus-per-task", "gres", "mem", "ntasks", "ntasks-per-node"),
+    "array",
+    "comment",
+    "error",
+    "gpus",
+    "gpus-per-task",
+    "gres",
+    "job-name",
+    "mem",
+    "no-requeue",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "requeue",
+    "signal",
+    "time",
 )
 """Flags of sbatch by which the job and its logs are found again, or that have a field of another name."""
 
