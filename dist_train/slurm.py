@@ -139,8 +139,8 @@ def outside_of_jobs(script: str) -> Iterator[None]:
     """
     # The configuration, the token and the cluster belong to the user, and to no job.
     inside = re.compile(r"SLURM(?!_(CONF|JWT|CLUSTERS)$)\w*|PMI\w*|SRUN_\w*")
-    # An array and a log of errors only where the script wants them, which otherwise says nothing about them.
-    flags = {"array", "error", *re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)}
+    # An array and a log of errors only where the script wants them, which otherwise says nothing about them; and no wait for the end.
+    flags = {"array", "error", "wait", *re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)}
     said = {f"SBATCH_{name}" for flag in flags for name in _OTHER_NAMES.get(flag, [flag.upper().replace("-", "_")])}
     kept = {name: os.environ.pop(name) for name in list(os.environ) if inside.fullmatch(name) or name in said}
     try:

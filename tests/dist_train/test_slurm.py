@@ -50,7 +50,7 @@ def test_the_variables_of_a_job_are_away_while_another_is_submitted(submitted):
 
 def test_what_a_job_sets_counts_against_the_variables_of_sbatch(submitted):
     own = ["TIMELIMIT", "REQUEUE", "NO_REQUEUE", "SIGNAL", "OPEN_MODE", "OUTPUT", "ERROR", "JOB_NAME", "ARRAY_INX"]
-    own += ["PARTITION", "GPUS_PER_NODE", "MEM_PER_NODE", "MEM_PER_CPU"]
+    own += ["PARTITION", "GPUS_PER_NODE", "MEM_PER_NODE", "MEM_PER_CPU", "WAIT"]
     others = {"SBATCH_ACCOUNT", "SBATCH_QOS", "SBATCH_EXPORT"}
     parameters = {"time": 5, "partition": "p", "gpus_per_node": 1, "mem": "1M", "stderr_to_stdout": True}
     variables = [*(f"SBATCH_{name}" for name in own), *others]
