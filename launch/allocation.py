@@ -140,7 +140,10 @@ def _tasks_per_node(nodes: int) -> int:
     """As the allocation was asked for: by tasks, else one for every GPU, else one."""
     asked = os.environ.get
     # SLURM counts the tasks of each node also where nobody has asked for any; then they are one on each.
-    if wanted := asked("SLURM_NTASKS_PER_NODE") or (asked("SLURM_NTASKS") and asked("SLURM_TASKS_PER_NODE")):
+    # Those of a step, such as a shell by srun --pty, are the step's own.
+    in_step = asked("SLURM_STEP_ID") is not None
+    total = asked("SLURM_NTASKS") if not in_step else None
+    if wanted := asked("SLURM_NTASKS_PER_NODE") or (total and asked("SLURM_TASKS_PER_NODE")):
         # Such as 8(x2),4: two nodes with 8 tasks and one with 4.
         counts = set(re.sub(r"\(x\d+\)", "", wanted).split(","))
         if len(counts) > 1:
@@ -174,7 +177,8 @@ def _gpus_per_node(nodes: int) -> int:
 
 def _gpus(name: str) -> int:
     """GPUs that a variable tells, such as 8, a100:8 or a100:4,v100:4; 0 where it is not set."""
-    return sum(int(one.rpartition(":")[2]) for one in os.environ.get(name, "0").split(","))
+    counts = re.findall(r"(?:^|[:,])(\d+)(?=,|$)", os.environ.get(name, ""))
+    return sum(map(int, counts))
 
 
 def _check_shared(folder: Path, nodes: list[str]) -> None:

@@ -17,7 +17,7 @@ from dist_train.config import Config, SlurmConfig
 from dist_train.config_file import dump_config
 from dist_train.distributed.group import Ranks
 from dist_train.errors import ConfigError, DataError, SlurmError, TrackingError, UserError
-from dist_train.tracking.mlflow import create_parent
+from dist_train.tracking.mlflow import create_parent, without_password
 from dist_train.training.preflight import check_processes
 from launch import allocation
 
@@ -201,7 +201,7 @@ def _elements(configs: Sequence[Config]) -> str:
 
 def _parent(configs: Sequence[Config], name: str, command: str) -> str | None:
     try:
-        return create_parent(configs[0], name, {"command": command})
+        return create_parent(configs[0], name, {"command": without_password(command)})
     except TrackingError as error:
         print(f"launch.slurm: warning: the runs of this sweep get no common parent run in MLflow ({error})")
         return None
@@ -212,7 +212,7 @@ def _check_partition(job: SlurmConfig) -> slurm.Partition:
     slurm.ask("sbatch", "--version")
     offered = slurm.partitions()
     default = next((partition.name for partition in offered.values() if partition.default), "")
-    # As sbatch will, from which slurm.submit keeps the variable where the job says the partition itself.
+    # As sbatch will: where the job says the partition itself, slurm.submit hides the variable from it.
     wanted = job.partition or os.environ.get("SBATCH_PARTITION") or default
     if not wanted:
         raise SlurmError(f"the cluster has no default partition; sinfo offers {_names(offered)}; set --partition")

@@ -165,27 +165,21 @@ def in_ranks(tmp_path):
         environment["MASTER_PORT"] = str(free_port())
         source = function.__code__.co_filename
         results = [folder / f"result{rank}" for rank in range(world_size)]
-        processes = [
-            start(
-                source,
-                function.__name__,
-                folder / "arguments",
-                result,
-                os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank, result in enumerate(results)
-        ]
-        deadline = time.monotonic() + timeout
+        processes, deadline = [], time.monotonic() + timeout
         try:
+            for rank, result in enumerate(results):
+                place = os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(start(source, function.__name__, folder / "arguments", result, place))
             for process in processes:
                 process.join(max(0.0, deadline - time.monotonic()))
+            codes = [process.exitcode for process in processes]
         finally:
             for process in processes:
                 process.kill()
         failed = [
-            f"rank {rank}:\n{result.with_suffix('.txt').read_text()}"
-            for rank, (process, result) in enumerate(zip(processes, results))
-            if process.exitcode != 0
+            f"rank {rank}, {f'no end after {timeout} s' if code is None else f'exit code {code}'}:\n{said.read_text() if said.exists() else ''}"
+            for rank, (code, said) in enumerate(zip(codes, [result.with_suffix(".txt") for result in results]))
+            if code != 0
         ]
         assert not failed, "\n".join(failed)
         return [pickle.loads(result.read_bytes()) for result in results]

@@ -1,4 +1,7 @@
-"""One rank of a test: runs a function of a test file in a process of its own (see the fixture `ranks`)."""
+"""One rank of a test: runs a function of a test file in a process of its own (see the fixture `ranks`).
+
+Such a rank ends without the interpreter's shutdown, which only the tests that start commands cover.
+"""
 
 import importlib.util
 import multiprocessing
@@ -8,8 +11,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-# Ranks are forks of a process that has done nothing but import these: most of a short rank's time is imports otherwise.
-FORKSERVER.set_forkserver_preload(["dist_train.training.trainer", "deepspeed", "torch._dynamo"])
+# Ranks are forks of a process that has done nothing but import these: most of a short rank's time is imports otherwise.  On a GPU
+# not even that, because DeepSpeed asks CUDA for its devices when it is imported, and CUDA works in no fork of a process that did.
+if os.environ.get("DIST_TRAIN_TEST_GPU") != "1":
+    FORKSERVER.set_forkserver_preload(["dist_train.training.trainer", "deepspeed", "torch._dynamo"])
 
 
 def start(source: str, function: str, arguments: Path, result: Path, environment: dict[str, str]) -> ForkServerProcess:
@@ -23,7 +28,7 @@ def _run(source: str, function: str, arguments: Path, result: Path, environment:
     with result.with_suffix(".txt").open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # The parent's now: the process that this one is a fork of has that of its own start.
+    # What the test has set since the first of these processes began; libraries have read their variables by then.
     os.environ.clear()
     os.environ.update(environment)
     spec = importlib.util.spec_from_file_location("test_under_ranks", source)

@@ -106,7 +106,10 @@ def track(comparison: Comparison, files: list[Path], command: str, parent: bool 
     runs = [run for run in runs if run.store == uri]
     experiment = client.get_run(runs[0].run_id).info.experiment_id
     place = str(files[0].parent.resolve())
-    note = {"mlflow.note.content": f"`{command}`\n\n{markdown(comparison)}", "mlflow.runName": comparison.title}
+    note = {
+        "mlflow.note.content": f"`{without_password(command)}`\n\n{markdown(comparison)}",
+        "mlflow.runName": comparison.title,
+    }
     # MLflow's filters have no escapes: a quote in the path is left to a wildcard.
     pattern = place.replace("'", "_").replace("%", "_")
     query = f"tags.`{COMPARISON_TAG}` LIKE '{pattern}'"

@@ -19,7 +19,6 @@ OWN_SBATCH = (
     "error",
     "gpus",
     "gpus-per-task",
-    "gres",
     "job-name",
     "mem",
     "no-requeue",
@@ -116,7 +115,9 @@ def _check_flags(program: str, flags: Collection[str], own: Collection[str]) -> 
             raise ValueError(
                 f"{program} {flag!r}: write a long flag of {program} without its dashes, such as KEY=VALUE"
             )
-        if flag.partition("=")[0] in own:
+        name, _, value = flag.partition("=")
+        # Other resources than GPUs have no field.
+        if name in own or (name == "gres" and "gpu" in value):
             raise ValueError(
                 f"{program} {flag}: is set by launch.slurm; the section slurm has fields for what can be chosen"
             )

@@ -42,10 +42,6 @@ class Heartbeat:
         """Whether the next rank has given no sign of life for SILENCE_SECONDS, although it has not left."""
         return self._count >= 0 and time.monotonic() - self._heard > SILENCE_SECONDS
 
-    def excuse(self, seconds: float) -> None:
-        """Do not count a time in which this process was suspended as silence of the next rank."""
-        self._heard = min(time.monotonic(), self._heard + seconds)
-
     def leave(self) -> None:
         """Say that this rank ends by itself."""
         self._stop.set()

@@ -26,8 +26,9 @@ log = logging.getLogger("dist_train")
 TICK_SECONDS = 1.0
 GRACE_SECONDS = 4.0
 """How long a rank waits for the reports of the others."""
-SUSPENDED_SECONDS = 3.0
-"""A watchdog that wakes up so much later than it wanted to was suspended, or kept from running, and nothing is to blame."""
+SILENT_LOOKS = 5
+"""How often in a row the next rank has to be found silent: a job scheduler suspends all ranks together, and they wake up one after the
+other, each to a silence that was its own."""
 
 JOIN = "process group"
 """The phase of a rank until all others have joined."""
@@ -63,6 +64,7 @@ class Watchdog:
         self.at_end: Callable[[], None] | None = None
         """Last action before the watchdog ends the process; it must be brief."""
         self._heartbeat: Heartbeat | None = None
+        self._silent_looks = 0
         self._stop = threading.Event()
         self._ending = threading.Lock()
         """Held by whichever thread ends the process, the main one or the watching one, so that there is one exit code."""
@@ -143,14 +145,7 @@ class Watchdog:
             os._exit(exit_code_for(error))
 
     def _work(self) -> None:
-        before = time.monotonic()
-        while not self._stop.wait(tick := min(TICK_SECONDS, self._limit / 4)):
-            before, late = time.monotonic(), time.monotonic() - before - tick
-            if late > SUSPENDED_SECONDS:
-                # Nothing ran in that time here, and a job scheduler suspends all ranks together.
-                self._since = min(before, self._since + late)
-                if self._heartbeat:
-                    self._heartbeat.excuse(late)
+        while not self._stop.wait(min(TICK_SECONDS, self._limit / 4)):
             # Set anew in every round, so it fires only where this thread is stuck as well: an extension that never releases
             # the interpreter lock stops all threads of Python, but not faulthandler's.
             if (file := _real_stderr()) is not None:
@@ -166,7 +161,9 @@ class Watchdog:
         return self._joined and bool(self.reports.read().keys() - {self.rank})
 
     def _is_next_dead(self) -> bool:
-        return self._heartbeat is not None and self._heartbeat.is_next_silent
+        is_silent = self._heartbeat is not None and self._heartbeat.is_next_silent
+        self._silent_looks = self._silent_looks + 1 if is_silent else 0
+        return self._silent_looks >= SILENT_LOOKS
 
     def _end_process(self) -> None:
         """Report, say who is to blame when the other reports are there, and leave without waiting for the process group.

@@ -159,7 +159,7 @@ class SyncState:
         home, key = before.get("folder"), before.get("key")
         if not isinstance(home, str) or Path(home) == folder.resolve():
             return True
-        # Under two names, as where a container or another host mounts it elsewhere.
+        # Under two names, as by a bind mount.
         with contextlib.suppress(OSError):
             if Path(home).samefile(folder):
                 return True

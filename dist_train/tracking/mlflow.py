@@ -40,11 +40,11 @@ def experiment_name(config: Config) -> str:
 
 def without_password(text: str) -> str:
     """A text in which every address hides the user and password that it may hold: logs and MLflow are read by others."""
-    return re.sub(r"://[^/\s@]+@", "://***@", text)
+    return re.sub(r"://[^/\s]+@", "://***@", text)
 
 
 def ui_command(uri: str) -> str:
-    """What to type to see the runs in a browser."""
+    """What to type to see the runs in a browser, with the password put back where the address has one."""
     if uri.startswith(("http", "databricks")):
         return f"open {without_password(uri)}"
     program = Path(sys.executable).with_name("mlflow")
@@ -158,10 +158,10 @@ def log_data(client: Any, run_id: str, splits: Iterable[Data]) -> None:
     inputs = [
         DatasetInput(
             Dataset(
-                name=split.name,
+                name=without_password(split.name),
                 digest=split.fingerprint,
                 source_type="local",
-                source=json.dumps({"uri": split.name}),
+                source=json.dumps({"uri": without_password(split.name)}),
                 profile=json.dumps({"num_rows": split.images, "classes": split.classes}),
             ),
             [InputTag("mlflow.data.context", split.use)],

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_train.config import AVERAGED, Config, DataConfig, largest_zero_stage
+from dist_train.config import AVERAGED, Config, DataConfig
 from dist_train.distributed.group import Group
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.files import sha256
@@ -91,7 +91,7 @@ def check_teachers(config: Config, stage: int, classes: Sequence[str]) -> None:
     Raises:
         UserError: names the teacher and what differs.
     """
-    if AVERAGED in config.loss.outside_teachers and stage > largest_zero_stage(config):
+    if AVERAGED in config.loss.outside_teachers and stage == 3:
         raise ConfigError(
             "loss.outside_teachers has averaged, whose weights train.zero_stage 3 divides among the processes; use stage 0, 1 or 2"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from dist_train.config import Config
 from dist_train.config_file import changed_fields
 from dist_train.errors import CheckpointError
+from dist_train.tracking.mlflow import without_password
 from dist_train.training import checkpoint
 from dist_train.training.checkpoint import CheckpointMeta
 from dist_train.training.optim import state_names
@@ -85,7 +86,7 @@ def check_resumable(path: Path, config: Config, train: Index, val: Index) -> lis
             f"{path}: was trained on other data ({before.data.shards}, fingerprint {meta.fingerprint[:12]}, "
             f"now {train.fingerprint[:12]}); use those shards, or set another --name"
         )
-    lines = [f"{key} {old} -> {new}" for key, old, new in changes]
+    lines = [without_password(f"{key} {old} -> {new}") for key, old, new in changes]
     # Allowed, because weights, optimizer and order are untouched; said, because the averages forget what was before.
     if config.optim.ema_decay is not None and before.optim.ema_decay is None:
         lines.append("averaged weights start from this checkpoint's weights")

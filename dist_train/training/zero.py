@@ -90,7 +90,7 @@ def initialize_deepspeed(
     if group.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # What DeepSpeed calls there at every step of stage 3 has other names by now: nothing that a user could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _without_mlflow():
@@ -136,7 +136,7 @@ def _import_muon() -> None:
     from deepspeed.runtime import compiler
 
     compiled = compiler.compile
-    compiler.compile = lambda: lambda function: function
+    compiler.compile = lambda *_, **__: lambda function: function
     try:
         with contextlib.suppress(ImportError):
             import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401

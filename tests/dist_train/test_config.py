@@ -65,11 +65,11 @@ def test_overrides_win_and_take_both_forms(tmp_path):
         (["optim.lr", "1"], "'optim.lr' is not an override; write --section.key value"),
         (["--optim.lr.x", "1"], "unknown key 'optim.lr.x'"),
         (["--optim.betas", "[0.9"], "is not valid YAML"),
-        # What YAML 1.1 and Python would take for numbers.
         (["--slurm.hours", "0.02"], "signal_seconds is 90, but the time limit (hours) is 60 seconds; raise hours"),
         (["--slurm.signal_seconds", "86400"], "signal_seconds is 86400, but the time limit (hours) is 86400 seconds"),
         (["--slurm.sbatch", "[gres=gpu:8]"], "sbatch gres=gpu:8: is set by launch.slurm"),
         (["--slurm.sbatch", "[no-requeue]"], "sbatch no-requeue: is set by launch.slurm"),
+        # What YAML 1.1 and Python would take for numbers.
         (["--slurm.hours", "1:30"], "slurm.hours is '1:30'; input should be a valid number"),
         (["--train.epochs", "true"], "train.epochs is True; it takes no true or false"),
         (["--data.crop_scale", "[0.5, true]"], "data.crop_scale is [0.5, True]; it takes no true or false"),

@@ -146,6 +146,8 @@ def asked(monkeypatch):
         ({"GPUS_ON_NODE": "8"}, 8),  # --gres=gpu:8
         ({"GPUS": "a100:16", "GPUS_ON_NODE": "8"}, 8),
         ({"GPUS": "16"}, 8),  # salloc
+        ({"NTASKS": "1", "TASKS_PER_NODE": "1", "STEP_ID": "0", "GPUS_PER_NODE": "8"}, 8),  # in a shell by srun --pty
+        ({"GPUS_PER_NODE": "a100"}, 1),
     ],
 )
 def test_each_node_gets_the_processes_that_were_asked_for(asked, variables, tasks):

@@ -116,6 +116,7 @@ def test_the_command_that_shows_a_store_can_be_typed_and_has_no_password():
         ("/nfs/mlruns", "mlflow ui --backend-store-uri /nfs/mlruns"),
         ("postgresql://me:secret@db/x", "mlflow ui --backend-store-uri 'postgresql://***@db/x'"),
         ("https://me:secret@host/x", "open https://***@host/x"),
+        ("https://me:se@cret@host/x@y", "open https://***@host/x@y"),
     ):
         assert ui_command(uri).endswith(ending)
 
