@@ -66,7 +66,7 @@ def said(capsys, *arguments):
 def test_what_python_gives_a_predictor_is_checked(run, tmp_path):
     folder, _ = run
     for options, words in (
-        ({"policy": [0.9, 0.8]}, "policy is \\[0.9, 0.8\\], of type list"),
+        ({"policy": [0.9, 0.8]}, "policy is \\[0.9, 0.8\\]; give Thresholds"),
         ({"batch": "8"}, "batch is '8'; give an integer"),
         ({"expected": -1}, "expected is -1"),
         ({"deadline_ms": "5"}, "deadline_ms is '5', of type str; give milliseconds"),
