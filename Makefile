@@ -23,22 +23,24 @@ demo: $(VENV)/installed
 	@test -e data/digits/train/index.json || $(BIN)/python -m shards make digits data/digits
 	@$(BIN)/python -m launch.local $(DEMO_PROCESSES) configs/quickstart.yaml
 
-# Groups of tests in the order of tests/conftest.py.  Two at a time: most tests wait for processes to start, and some for SLURM.  JOBS=0 runs them one after the other.
+# Two at a time: most tests wait for processes to start, and some for SLURM.  JOBS=0 runs them one after the other.
 JOBS ?= 2
+# Groups of tests, in the order of tests/conftest.py.
+GROUPS := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not extended"
+	$(BIN)/python -m pytest $(GROUPS) -m "not extended"
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest $(GROUPS)
 
 test-quick: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not slow and not slurm"
+	$(BIN)/python -m pytest $(GROUPS) -m "not slow and not slurm"
 
 # What depends on torch most, with the newest torch, torchvision and timm: networks of these libraries, loss, training.  Its compiler
 # has a cache of its own: programs that another build of torch compiled end the process.
 test-newest: $(NEWEST)/installed
-	TORCHINDUCTOR_CACHE_DIR=$(abspath $(NEWEST))/inductor $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder \
+	TORCHINDUCTOR_CACHE_DIR=$(abspath $(NEWEST))/inductor $(NEWEST)/bin/python -m pytest $(GROUPS) \
 	    -m "not slow and not slurm and not extended" \
 	    tests/dist_train/models tests/dist_train/loss tests/dist_train/training tests/dist_train/test_init.py
 	$(NEWEST)/bin/python -m pytest -n $(JOBS) tests/dist_train/models/test_libraries.py

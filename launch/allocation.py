@@ -140,10 +140,9 @@ def _tasks_per_node(nodes: int) -> int:
     """As the allocation was asked for: by tasks, else one for every GPU, else one."""
     asked = os.environ.get
     # SLURM counts the tasks of each node also where nobody has asked for any; then they are one on each.
-    # Those of a step, such as a shell by srun --pty, are the step's own.
-    in_step = asked("SLURM_STEP_ID") is not None
-    total = asked("SLURM_NTASKS") if not in_step else None
-    if wanted := asked("SLURM_NTASKS_PER_NODE") or (total and asked("SLURM_TASKS_PER_NODE")):
+    # In a step, such as a shell by srun --pty, they are the step's own.
+    counted = asked("SLURM_TASKS_PER_NODE") if asked("SLURM_NTASKS") and not asked("SLURM_STEP_ID") else None
+    if wanted := asked("SLURM_NTASKS_PER_NODE") or counted:
         # Such as 8(x2),4: two nodes with 8 tasks and one with 4.
         counts = set(re.sub(r"\(x\d+\)", "", wanted).split(","))
         if len(counts) > 1:

@@ -53,9 +53,6 @@ class Place:
         here = list(slots)[self.number]
         # The launcher gives each rank one of these as its GPU: where the user, or SLURM, has chosen some, only those.
         slots[here] = visible_gpus(self.slots[here]) or slots[here]
-        if "CUDA_VISIBLE_DEVICES" in os.environ and not visible_gpus(self.slots[here]):
-            # All are hidden, and have to be hidden again: the launcher sets the variable for each rank.
-            slots[here] = ["-1"] * self.slots[here]
         world = json.dumps(slots)
         return [
             sys.executable,
@@ -76,15 +73,20 @@ class Place:
 
 
 def visible_gpus(processes: int) -> list[str]:
-    """The first entries of CUDA_VISIBLE_DEVICES, numbers or names, one for each process; none where it is not set or hides all.
+    """The first entries of CUDA_VISIBLE_DEVICES, numbers or names, one for each process; none where it is not set.
+
+    Where it hides all GPUs each is -1, which hides them again: the launcher sets the variable for each rank.
 
     Raises:
         ConfigError: it has fewer.
     """
-    entries = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return []
+    entries = [entry.strip() for entry in given.split(",") if entry.strip()]
     # As CUDA reads it: what follows a number below 0 is not visible.
-    entries = list(itertools.takewhile(lambda entry: not entry.startswith("-"), entries))
-    if entries and len(entries) < processes:
+    entries = list(itertools.takewhile(lambda entry: not entry.startswith("-"), entries)) or ["-1"] * processes
+    if len(entries) < processes:
         raise ConfigError(
             f"CUDA_VISIBLE_DEVICES is {','.join(entries)}, {len(entries)} GPUs for {processes} processes; name more, or start fewer"
         )

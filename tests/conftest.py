@@ -177,8 +177,8 @@ def in_ranks(tmp_path):
             for process in processes:
                 process.kill()
         failed = [
-            f"rank {rank}, {f'no end after {timeout} s' if code is None else f'exit code {code}'}:\n{said.read_text() if said.exists() else ''}"
-            for rank, (code, said) in enumerate(zip(codes, [result.with_suffix(".txt") for result in results]))
+            f"rank {rank}, exit code {code} (None: no end after {timeout} s):\n{result.with_suffix('.txt').read_text()}"
+            for rank, (code, result) in enumerate(zip(codes, results))
             if code != 0
         ]
         assert not failed, "\n".join(failed)

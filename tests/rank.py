@@ -19,13 +19,14 @@ if os.environ.get("DIST_TRAIN_TEST_GPU") != "1":
 
 def start(source: str, function: str, arguments: Path, result: Path, environment: dict[str, str]) -> ForkServerProcess:
     """Start the function with pickled arguments; its value and what it prints are in ``result`` and ``result``.txt."""
+    result.with_suffix(".txt").touch()
     process = FORKSERVER.Process(target=_run, args=(source, function, arguments, result, environment))
     process.start()
     return process
 
 
 def _run(source: str, function: str, arguments: Path, result: Path, environment: dict[str, str]) -> None:
-    with result.with_suffix(".txt").open("wb") as file:
+    with result.with_suffix(".txt").open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # What the test has set since the first of these processes began; libraries have read their variables by then.

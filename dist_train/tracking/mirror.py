@@ -245,7 +245,7 @@ class Mirror:
             if f"{split}_data" in tags and f"{split}_images" in tags:
                 images, classes = int(tags[f"{split}_images"]), int(tags["classes"])
                 # MLflow takes names of at most 500 characters.
-                yield Data(name[:500], tags[f"{split}_data"], images, classes, use)
+                yield Data(without_password(name)[:500], tags[f"{split}_data"], images, classes, use)
 
     def send(self) -> int:
         """Send the whole lines of metrics.jsonl that MLflow does not have yet; returns how many."""

@@ -158,10 +158,10 @@ def log_data(client: Any, run_id: str, splits: Iterable[Data]) -> None:
     inputs = [
         DatasetInput(
             Dataset(
-                name=without_password(split.name),
+                name=split.name,
                 digest=split.fingerprint,
                 source_type="local",
-                source=json.dumps({"uri": without_password(split.name)}),
+                source=json.dumps({"uri": split.name}),
                 profile=json.dumps({"num_rows": split.images, "classes": split.classes}),
             ),
             [InputTag("mlflow.data.context", split.use)],

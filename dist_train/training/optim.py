@@ -13,10 +13,10 @@ from torch import nn
 from dist_train.config import OptimConfig
 from dist_train.models.parts import BACKBONE, part_of
 
-Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+_Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 
-def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
+def _without_compiler(kind: type[_Optimizer]) -> type[_Optimizer]:
     """The same optimizer without torch's decorators that keep it out of compiled regions, where it never is here.
 
     At their first call they import the compiler, which takes every process of a run more than a second.

@@ -308,19 +308,10 @@ def test_what_is_computed_again_may_be_so_several_times() -> None:
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_compiled_is_the_same(activation_checkpointing: bool) -> None:
-    plain = small(
-        "lua",
-        exits=2,
-        base=1,
-        step=1,
-        scales=2,
-        growth_factors=(1, 2),
-        bottleneck_factors=(1, 2),
-        activation_checkpointing=activation_checkpointing,
-    )
-    compiled = torch.compile(
-        pickle.loads(pickle.dumps(plain)), backend="aot_eager", fullgraph=not activation_checkpointing
-    )
+    shape = {"exits": 2, "base": 1, "step": 1, "scales": 2, "growth_factors": (1, 2), "bottleneck_factors": (1, 2)}
+    plain = small("lua", **shape, activation_checkpointing=activation_checkpointing)
+    copied = pickle.loads(pickle.dumps(plain))
+    compiled = torch.compile(copied, backend="aot_eager", fullgraph=not activation_checkpointing)
     images = images_for(plain).contiguous(memory_format=torch.channels_last)
     for network in (plain, compiled):
         sum(logits.square().sum() for logits in network(images)).backward()
